@@ -1,0 +1,57 @@
+# The front door. The work is done by tools/sandbox.py; it installs what it needs into .sandbox, and nothing else.
+#   PG=18        PostgreSQL's major version: 15, 16, 17 or 18; for `make test` also `all`
+#   PYTHON=…     the Python (3.11 to 3.13) to build the sandbox on; by default the first one that fits
+#   ARGS='…'     more arguments for ansible-playbook (drill), pytest (test), ansible-test (sanity) or ansible-lint (lint)
+PG ?= 18
+ARGS ?=
+export PYTHON
+# exec: a signal that ends make must reach the tool, not a shell between them.
+SANDBOX = exec "$${PYTHON:-python3}" tools/sandbox.py
+IN_VENV = $(SANDBOX) run --test --
+
+.DEFAULT_GOAL := help
+.PHONY: help setup drill test lint sanity typecheck check-specs docs build install-check bench stop clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  PG=15|16|17|18 (test: all)   PYTHON=/path/to/python3.12   ARGS='-e drill_scenarios=[latest]'"
+
+setup: ## install Ansible and PostgreSQL into .sandbox (the others do it by themselves)
+	@$(SANDBOX) setup --pg '$(PG)'
+
+drill: ## rehearse the disasters on a fresh sandbox; the evidence goes to evidence/latest
+	@$(SANDBOX) drill --pg '$(PG)' $(ARGS)
+
+test: ## unit and integration tests
+	@$(SANDBOX) test --pg '$(PG)' $(ARGS)
+
+lint: ## ansible-lint (production profile), ruff, shellcheck
+	@$(SANDBOX) lint $(ARGS)
+
+sanity: ## ansible-test sanity, all of it
+	@$(SANDBOX) sanity $(ARGS)
+
+typecheck: ## mypy --strict
+	@$(SANDBOX) typecheck
+
+check-specs: ## argument specs against defaults, module lists against modules
+	@$(IN_VENV) python tools/check_specs.py
+
+docs: ## write docs/modules.md anew
+	@$(IN_VENV) python tools/module_index.py
+
+build: ## the collection's archive
+	@$(IN_VENV) ansible-galaxy collection build --force
+
+install-check: ## build the collection, install it elsewhere, run a drill with what was installed
+	@$(SANDBOX) install-check --pg '$(PG)'
+
+bench: ## the drill's time beside that of the bare PostgreSQL commands
+	@$(IN_VENV) python benchmarks/bare_procedure.py $(ARGS)
+
+stop: ## stop the servers of the sandbox
+	@$(SANDBOX) stop
+
+clean: ## stop the servers, remove .sandbox and all caches; evidence/ stays
+	@$(SANDBOX) clean

@@ -1,0 +1,234 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""WAL into the archive and out of it: what ``archive_command`` and ``restore_command`` do.
+
+The two rules that nothing may break: ``push`` says done only when the segment lies in the archive on stable storage,
+whole and ours; ``get`` says "not there" only when it is proven not to be there. PostgreSQL reads the second answer as the
+end of the archive, and promotes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from . import codec
+from .errors import PitrError
+from .repository import Chapter, ClusterFolder, archived_logs, fsync_directory, make_directory, temporary_name
+from .timeline import parse_history
+from .wal import SegmentHeader, WalFile, history_name
+
+
+class Absent(Exception):
+    """The file is not in an archive that was reachable, and nothing later of its timeline is."""
+
+
+def check_segment(data: bytes, wal_file: WalFile, chapter: Chapter, where: str, history: str | None) -> None:
+    """Compare a segment's first page with its name and with the archive's cluster. Raises PitrError when they disagree.
+
+    ``history``: text of the history file of the segment's timeline, or None. The first segment of a timeline begins as a
+    copy of its parent's segment (XLogInitNewTimeline), so its first page may carry the parent's number.
+    """
+    try:
+        header = SegmentHeader(data)
+    except PitrError as error:
+        raise PitrError(f"{where} is not a WAL segment: {error.message}. Nothing was changed.") from None
+    if header.system_identifier != chapter.system_identifier:
+        raise PitrError(
+            f"{where} was written by the cluster with system identifier {header.system_identifier}, but this archive belongs"
+            f" to {chapter.system_identifier}. Refused; nothing was changed."
+        )
+    if header.segment_size != chapter.wal_segment_size:
+        raise PitrError(f"{where} has {header.segment_size} byte segments, the archive {chapter.wal_segment_size}. Refused.")
+    number = wal_file.number(header.segment_size)
+    if int(header.page_address) != number * header.segment_size:
+        raise PitrError(f"{where} holds WAL from {header.page_address}, which is not what its name says. Refused.")
+    if header.timeline == wal_file.timeline:
+        return
+    switches = parse_history(wal_file.timeline, history) if history is not None else []
+    for switch in switches:
+        begins_before_switch = int(header.page_address) <= switch.lsn < int(header.page_address) + header.segment_size
+        if switch.timeline == header.timeline and begins_before_switch:
+            return
+    raise PitrError(
+        f"{where} was written on timeline {header.timeline}, but its name says {wal_file.timeline}"
+        + ("" if history is not None else f", and there is no {history_name(wal_file.timeline)} to explain it")
+        + ". Refused; nothing was changed."
+    )
+
+
+def _history_text(wal_file: WalFile, folder: ClusterFolder, chapter: Chapter, pg_wal: str) -> str | None:
+    name = history_name(wal_file.timeline)
+    with contextlib.suppress(OSError), open(os.path.join(pg_wal, name), encoding="utf-8") as stream:
+        return stream.read()
+    with contextlib.suppress(OSError), codec.open_reader(folder.wal_path(WalFile.parse(name), chapter)) as reader:
+        return reader.read().decode()
+    return None
+
+
+def _same_content(stored: str, source: int) -> bool:
+    os.lseek(source, 0, os.SEEK_SET)
+    with codec.open_reader(stored) as reader:
+        while True:
+            ours = os.read(source, codec.CHUNK)
+            theirs = reader.read(len(ours) or 1)
+            if ours != theirs:
+                return False
+            if not ours:
+                return True
+
+
+def _already_stored(stored: str, source: int, path: str) -> str:
+    try:
+        same = _same_content(stored, source)
+    except PitrError as error:
+        raise PitrError(f"{path} was not archived: the archive already has it, but {error.message}") from None
+    if not same:
+        raise PitrError(
+            f"{path} was not archived: {stored} exists with other content, and is unchanged. Two servers may be archiving"
+            " into the same place. Find out which one owns it before doing anything else."
+        )
+    return f"{os.path.basename(path)} was already in the archive, with the same content"
+
+
+def push(path: str, repository: str, cluster: str, compression: str = "auto") -> str:
+    """Archive one file of pg_wal. Returns what was done; returning means it is on stable storage.
+
+    Pushing the same file again succeeds and changes nothing. Raises PitrError or OSError when it is not archived.
+    """
+    wal_file = WalFile.parse(os.path.basename(path))
+    folder = ClusterFolder.open(repository, cluster)
+    chapter = folder.chapter
+    try:
+        source = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise PitrError(f"{path} cannot be read: {error.strerror}.") from None
+    try:
+        if wal_file.kind in ("segment", "partial"):
+            size = os.fstat(source).st_size
+            if size != chapter.wal_segment_size:
+                raise PitrError(f"{path} has {size} bytes, a segment of this cluster {chapter.wal_segment_size}. Refused.")
+            history = _history_text(wal_file, folder, chapter, os.path.dirname(path) or ".")
+            check_segment(os.pread(source, SegmentHeader.SIZE, 0), wal_file, chapter, path, history)
+        stored = folder.wal_path(wal_file, chapter)
+        if os.path.exists(stored):
+            return _already_stored(stored, source, path)
+        directory = os.path.dirname(stored)
+        if not os.path.isdir(directory):
+            make_directory(directory)
+        return _store(source, path, stored, compression if wal_file.kind in ("segment", "partial") else "none")
+    finally:
+        os.close(source)
+
+
+def _store(source: int, path: str, stored: str, compression: str) -> str:
+    """Temporary file, write, fsync, link without replacing, fsync of the directory."""
+    temporary = temporary_name(stored)
+    with codec.open_writer(temporary, compression) as writer:
+        os.lseek(source, 0, os.SEEK_SET)
+        while True:
+            data = os.read(source, codec.CHUNK)
+            if not data:
+                break
+            writer.write(data)
+    try:
+        os.link(temporary, stored)
+    except FileExistsError:
+        return _already_stored(stored, source, path)
+    finally:
+        os.unlink(temporary)
+    fsync_directory(os.path.dirname(stored))
+    return f"{os.path.basename(path)} archived"
+
+
+def get(name: str, target: str, repository: str, cluster: str, system_identifier: str | None = None) -> None:
+    """Fetch one file of the archive to ``target`` (PostgreSQL's %p), whole and checked, or not at all.
+
+    ``system_identifier`` selects the chapter; without it, the newest. Raises Absent when the file is proven not to be there,
+    PitrError or OSError for everything else.
+    """
+    wal_file = WalFile.parse(name)
+    folder = ClusterFolder.open(repository, cluster)
+    chapter = folder.require(system_identifier) if system_identifier else folder.chapter
+    archive = folder.archive_path(chapter)
+    if not os.path.isdir(archive):
+        raise PitrError(f"{archive} does not exist, so nothing can be said about {name}. Is the repository mounted?")
+    stored = folder.wal_path(wal_file, chapter)
+    temporary = target + ".pitr"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    try:
+        with codec.open_reader(stored) as reader:
+            _deliver(reader, wal_file, chapter, folder, stored, temporary)
+    except FileNotFoundError:
+        if os.path.exists(stored):
+            raise
+        _prove_absent(wal_file, archive, chapter)
+        raise Absent(f"{name} is not in the archive") from None
+    os.rename(temporary, target)
+
+
+def _deliver(
+    reader: codec.Reader, wal_file: WalFile, chapter: Chapter, folder: ClusterFolder, stored: str, temporary: str
+) -> None:
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    size = 0
+    head = b""
+    try:
+        while True:
+            data = reader.read(codec.CHUNK)
+            if not data:
+                break
+            head = head or data
+            os.write(descriptor, data)
+            size += len(data)
+        if wal_file.kind in ("segment", "partial"):
+            if size != chapter.wal_segment_size:
+                raise PitrError(f"{stored} is damaged: it holds {size} bytes instead of {chapter.wal_segment_size}.")
+            history = _history_text(wal_file, folder, chapter, os.path.dirname(temporary) or ".")
+            check_segment(head, wal_file, chapter, stored, history)
+        elif wal_file.kind == "history":
+            parse_history(wal_file.timeline, head.decode(errors="replace"))
+        if os.fstat(descriptor).st_size != size:
+            raise PitrError(f"{temporary} could not be written whole. Is the filesystem full?")
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _prove_absent(wal_file: WalFile, archive: str, chapter: Chapter) -> None:
+    """Raise PitrError when the archive holds something that an absent file contradicts."""
+    if wal_file.kind == "history":
+        # Timeline 1 never has one, and the server asks for it all the same.
+        if wal_file.timeline > 1 and any(True for _log in archived_logs(archive, wal_file.timeline)):
+            raise PitrError(
+                f"{wal_file.name} is missing from {archive}, but segments of timeline {wal_file.timeline} are there."
+                " Copy it back from a server's pg_wal; recovery would otherwise take another branch."
+            )
+        return
+    if wal_file.kind != "segment":
+        return
+    later = first_later(archive, wal_file)
+    if later is not None:
+        raise PitrError(
+            f"{wal_file.name} is missing from {archive}, but {later} is there: the archive has a hole."
+            " Recovery cannot go past it. Find the segment, or restore to a target before it."
+        )
+
+
+def first_later(archive: str, wal_file: WalFile) -> str | None:
+    """Name of a segment of the same timeline that is later than this one, or None."""
+    for log in archived_logs(archive, wal_file.timeline):
+        if log < wal_file.log:
+            continue
+        with os.scandir(os.path.join(archive, log)) as entries:
+            for entry in entries:
+                # Plain names only: .partial and .backup files and temporary ones prove nothing about later WAL.
+                if len(entry.name) == 24 and entry.name > wal_file.name:
+                    return entry.name
+    return None

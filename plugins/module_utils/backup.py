@@ -1,0 +1,366 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Taking base backups over the replication protocol, and listing those that are stored.
+
+A backup is written into a hidden directory beside its final place and becomes visible by one rename, after its WAL has been
+seen in this repository's archive. pg_basebackup does the copying.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from . import codec
+from .catalog import Backup, StoredFile, Tablespace
+from .errors import PitrError
+from .index import scan
+from .postgres import Login, binary, binary_version, query, run
+from .repository import BACKUP_FILE, ClusterFolder, fsync_directory, make_directory, read_json, write_json
+from .wal import Lsn
+
+MANIFEST = "backup_manifest"
+_RANGE = re.compile(rb'\{ "Timeline": (\d+), "Start-LSN": "([0-9A-F/]+)", "End-LSN": "([0-9A-F/]+)" \}')
+_SIZE = re.compile(rb'^\{ "(?:Encoded-)?Path": .*?, "Size": (\d+),')
+
+
+def stored_backups(folder: ClusterFolder) -> list[Backup]:
+    """Complete backups of a cluster, oldest first. Raises PitrError when a description is damaged."""
+    backups = []
+    try:
+        names = sorted(os.listdir(folder.backups_path))
+    except FileNotFoundError:
+        raise PitrError(f"{folder.backups_path} does not exist. Is the repository mounted?") from None
+    for name in names:
+        document = os.path.join(folder.backups_path, name, BACKUP_FILE)
+        if name.startswith(".") or not os.path.exists(document):
+            continue
+        try:
+            backups.append(Backup.from_dict(read_json(document)))
+        except PitrError as error:
+            raise PitrError(f"{document}: {error.message}.") from None
+    return sorted(backups, key=lambda backup: (backup.stopped_at, backup.label))
+
+
+def damaged_backups(folder: ClusterFolder, backups: list[Backup]) -> dict[str, str]:
+    """Labels of backups whose files are missing or have another size than when they were stored, with the reason."""
+    result = {}
+    for backup in backups:
+        for file in backup.files:
+            path = os.path.join(folder.backups_path, backup.label, file.name)
+            try:
+                size = os.stat(path).st_size
+            except OSError as error:
+                result[backup.label] = f"{path}: {error.strerror}"
+                break
+            if size != file.size:
+                result[backup.label] = f"{path} has {size} bytes, {file.size} were stored"
+                break
+    return result
+
+
+@contextlib.contextmanager
+def open_tar(path: str) -> Iterator[tarfile.TarFile]:
+    """Walk a stored tar once, whatever it is compressed with. Raises PitrError naming it when it is damaged."""
+    with codec.open_reader(path) as reader:
+        try:
+            # "r|" reads strictly forward; the mode never seeks.
+            with tarfile.open(fileobj=reader, mode="r|", bufsize=codec.CHUNK) as tar:  # type: ignore[call-overload]
+                yield tar
+            # Only the read that returns nothing has checked the checksum of the stream.
+            while reader.read(codec.CHUNK):
+                pass
+        except tarfile.TarError as error:
+            raise PitrError(f"{path} is damaged: {error}.", path=path) from None
+
+
+def unescape_tablespace(text: str) -> str:
+    """A path in tablespace_map: backslash escapes line breaks and itself (read_tablespace_map of xlogrecovery.c)."""
+    return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
+
+
+def parse_tablespace_map(text: str) -> tuple[Tablespace, ...]:
+    """Tablespaces of a backup. Lines end at a line feed that no backslash escapes."""
+    entries = re.findall(r"(\d+) ((?:[^\\\n]|\\.)+)\n", text, flags=re.DOTALL)
+    return tuple(Tablespace(int(oid), unescape_tablespace(path)) for oid, path in entries)
+
+
+def manifest_facts(path: str) -> tuple[int, Lsn, Lsn, int, int]:
+    """Timeline, start LSN, stop LSN, number of files and bytes of a backup manifest, read line by line."""
+    files = total = 0
+    ranges: list[tuple[int, Lsn, Lsn]] = []
+    with open(path, "rb") as stream:
+        for line in stream:
+            match = _SIZE.match(line)
+            if match:
+                files += 1
+                total += int(match.group(1))
+                continue
+            ranges += [(int(tli), Lsn.parse(a.decode()), Lsn.parse(b.decode())) for tli, a, b in _RANGE.findall(line)]
+    if not ranges:
+        raise PitrError(f"{path} is damaged: it tells no WAL range.")
+    return ranges[-1][0], min(item[1] for item in ranges), max(item[2] for item in ranges), files, total
+
+
+def sha256(path: str) -> str:
+    """Digest of a file's stored bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as stream:
+        while True:
+            data = stream.read(codec.CHUNK)
+            if not data:
+                return digest.hexdigest()
+            digest.update(data)
+
+
+class BaseBackup:
+    """One base backup, from the first question to the server to the rename that makes it visible."""
+
+    def __init__(
+        self,
+        folder: ClusterFolder,
+        login: Login,
+        bin_dir: str,
+        compression: str = "auto",
+        checkpoint: str = "fast",
+        max_rate: str = "",
+        verify: bool = True,
+        label: str = "",
+        archive_timeout: float = 600,
+    ) -> None:
+        """``archive_timeout``: seconds to wait for the backup's WAL in the archive. ``max_rate`` as pg_basebackup takes it."""
+        self._folder = folder
+        self._login = login
+        self._bin_dir = bin_dir
+        self._compression = compression
+        self._checkpoint = checkpoint
+        self._max_rate = max_rate
+        self._verify = verify
+        self._label = label
+        self._archive_timeout = archive_timeout
+
+    def check(self, connection: Any) -> dict[str, Any]:
+        """Everything that can be refused before the copy begins. Returns facts of the server."""
+        row = query(
+            connection,
+            "SELECT (SELECT system_identifier::text FROM pg_control_system()),"
+            " current_setting('server_version_num')::int / 10000, current_setting('archive_mode'),"
+            " (SELECT setting::bigint FROM pg_settings WHERE name = 'wal_segment_size'),"
+            " (SELECT enumvals FROM pg_settings WHERE name = 'wal_compression'), pg_is_in_recovery(), clock_timestamp()",
+        )[0]
+        names = ("system_identifier", "version", "archive_mode", "wal_segment_size", "compressions", "standby", "now")
+        facts = dict(zip(names, row))
+        chapter = self._folder.require(facts["system_identifier"])
+        if chapter is not self._folder.chapter:
+            raise PitrError(f"{self._login} is the cluster of an older chapter of {self._folder.path}; nothing was written.")
+        if facts["archive_mode"] == "off":
+            raise PitrError(
+                f"{self._login} has archive_mode = off. A base backup without archived WAL cannot be restored;"
+                " set up archiving first (role pgdrill.pitr.primary). No backup was taken."
+            )
+        if facts["standby"]:
+            raise PitrError(f"{self._login} is a standby. Take the backup from the primary. No backup was taken.")
+        version = binary_version(self._bin_dir)
+        if version < facts["version"]:
+            raise PitrError(f"{self._bin_dir} is PostgreSQL {version}, the server {facts['version']}. Use its own programs.")
+        if self._label and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self._label):
+            raise PitrError(f"'{self._label}' cannot be a label: use letters, digits, dots, dashes and underscores.")
+        if self._label and os.path.exists(os.path.join(self._folder.backups_path, self._label)):
+            raise PitrError(f"There is a backup '{self._label}' already. No backup was taken.")
+        return facts
+
+    def take(self) -> Backup:
+        """Take the backup. Raises PitrError; then no backup is visible and the hidden directory is gone."""
+        with contextlib.closing(self._login.connect()) as connection:
+            facts = self.check(connection)
+            started_at: datetime.datetime = facts["now"]
+            label = self._label or started_at.astimezone(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ-full")
+            final = os.path.join(self._folder.backups_path, label)
+            if os.path.exists(final):
+                label += f"-{os.urandom(2).hex()}"
+                final = os.path.join(self._folder.backups_path, label)
+            partial = os.path.join(self._folder.backups_path, f".{label}.partial")
+            make_directory(partial)
+            try:
+                self._copy(connection, partial, label, facts)
+                stopped_at, next_xid = query(
+                    connection, "SELECT clock_timestamp(), pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
+                )[0]
+                backup = self._describe(partial, label, facts, started_at, stopped_at, next_xid)
+                self._await_wal(backup)
+                write_json(os.path.join(partial, BACKUP_FILE), backup.to_dict())
+                os.rename(partial, final)
+                fsync_directory(self._folder.backups_path)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+        return backup
+
+    def _zip(self, facts: dict[str, Any]) -> str:
+        """The -Z option: compression on the server, which also saves the network."""
+        name, _colon, level = self._compression.partition(":")
+        if name == "auto":
+            name = "zstd" if "zstd" in (facts["compressions"] or "") and codec.which("zstd") else "gzip"
+        if name == "none":
+            return "none"
+        detail = f"level={level or 1}"
+        if name == "zstd":
+            detail += f",workers={min(4, os.cpu_count() or 1)}"
+        return f"server-{name}:{detail}"
+
+    def _copy(self, connection: Any, target: str, label: str, facts: dict[str, Any]) -> None:
+        argv = [binary(self._bin_dir, "pg_basebackup"), "-D", target, "-F", "tar", "-X", "none", "--no-password"]
+        argv += ["-c", self._checkpoint, "-l", label, "-Z", self._zip(facts)]
+        if self._max_rate:
+            argv += ["-r", self._max_rate]
+        application = f"pgdrill {label}"[:63]
+        with self._login.environment() as environment, tempfile.TemporaryFile() as complaints:
+            environment["PGAPPNAME"] = application
+            process = subprocess.Popen(
+                argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=complaints
+            )
+            try:
+                self._watch(connection, process, application)
+            except BaseException:
+                process.terminate()
+                process.wait()
+                raise
+            complaints.seek(0)
+            said = complaints.read(4000).decode(errors="replace").strip()
+        if process.returncode != 0:
+            raise PitrError(f"pg_basebackup from {self._login} failed: {said}")
+
+    def _watch(self, connection: Any, process: subprocess.Popen[bytes], application: str) -> None:
+        """Wait for pg_basebackup, but not for an archiver that is stuck: the server would wait for ever."""
+        pause = 0.02
+        waiting_since = 0.0
+        while True:
+            try:
+                process.wait(timeout=pause)
+                return
+            except subprocess.TimeoutExpired:
+                pause = min(pause * 1.5, 1.0)
+            phase = query(
+                connection,
+                "SELECT p.phase FROM pg_stat_progress_basebackup p JOIN pg_stat_activity a USING (pid)"
+                " WHERE a.application_name = %s",
+                (application,),
+            )
+            if not phase or phase[0][0] != "waiting for wal archiving to finish":
+                waiting_since = 0.0
+                continue
+            now = time.monotonic()
+            waiting_since = waiting_since or now
+            if now - waiting_since > self._archive_timeout:
+                row = query(connection, "SELECT last_failed_wal, last_failed_time, failed_count FROM pg_stat_archiver")[0]
+                raise PitrError(
+                    f"The files are copied, but {self._login} has not archived the backup's WAL within"
+                    f" {self._archive_timeout:g} seconds. Last failure: {row[0]} at {row[1]}, {row[2]} failures in all;"
+                    " the server's log has archive_command's words. The backup was removed again."
+                )
+
+    def _describe(
+        self,
+        directory: str,
+        label: str,
+        facts: dict[str, Any],
+        started_at: datetime.datetime,
+        stopped_at: datetime.datetime,
+        next_xid: int,
+    ) -> Backup:
+        timeline, start, stop, file_count, total = manifest_facts(os.path.join(directory, MANIFEST))
+        names = sorted(os.listdir(directory))
+        base = [name for name in names if name.startswith("base.tar")]
+        if len(base) != 1:
+            raise PitrError(f"pg_basebackup left no base.tar in {directory}.")
+        verified = "no"
+        if self._verify:
+            verified = self._check_content(directory, names, file_count, total)
+        return Backup(
+            label=label,
+            type="full",
+            system_identifier=facts["system_identifier"],
+            postgresql_version=facts["version"],
+            wal_segment_size=facts["wal_segment_size"],
+            timeline=timeline,
+            start_lsn=start,
+            stop_lsn=stop,
+            started_at=started_at.astimezone(datetime.timezone.utc),
+            stopped_at=stopped_at.astimezone(datetime.timezone.utc),
+            database_bytes=total,
+            compression=self._zip(facts).split(":")[0].replace("server-", ""),
+            verified=verified,
+            files=tuple(
+                StoredFile(name, os.stat(path).st_size, sha256(path))
+                for name, path in ((name, os.path.join(directory, name)) for name in names)
+            ),
+            tablespaces=_tablespaces(os.path.join(directory, base[0])),
+            next_xid=next_xid,
+        )
+
+    def _check_content(self, directory: str, names: list[str], file_count: int, total: int) -> str:
+        """Read the backup back. Returns ``checksums`` or ``sizes``, the level that was reached.
+
+        pg_verifybackup reads tar files from PostgreSQL 18; before, the walk proves the compression's checksum, the tar
+        structure, and that number and size of the files are the manifest's. A restore checks every file in any case.
+        """
+        if binary_version(self._bin_dir) >= 18:
+            run([binary(self._bin_dir, "pg_verifybackup"), "--no-parse-wal", "--quiet", directory])
+            return "checksums"
+        found = found_bytes = 0
+        for name in names:
+            if not name.endswith(MANIFEST):
+                with open_tar(os.path.join(directory, name)) as tar:
+                    for member in tar:
+                        if member.isfile():
+                            found += 1
+                            found_bytes += member.size
+        if (found, found_bytes) != (file_count, total):
+            raise PitrError(
+                f"The backup holds {found} files with {found_bytes} bytes, its manifest names {file_count} with {total}."
+                " The backup was removed again."
+            )
+        return "sizes"
+
+    def _await_wal(self, backup: Backup) -> None:
+        """The server says that the backup's WAL is archived; see that it is archived *here*."""
+        size = backup.wal_segment_size
+        first = backup.start_lsn.segment_number(size)
+        last = backup.stop_lsn.previous_segment_number(size)
+        deadline = time.monotonic() + min(self._archive_timeout, 30)
+        while True:
+            index = scan(self._folder)
+            missing = [index.name(backup.timeline, number) for number in index.missing(backup.timeline, first, last)]
+            if not missing:
+                return
+            if time.monotonic() > deadline:
+                raise PitrError(
+                    f"{self._login} says that the backup's WAL is archived, but {', '.join(missing[:5])} is not in"
+                    f" {self._folder.archive_path()}. It archives somewhere else. The backup was removed again."
+                )
+            time.sleep(0.2)
+
+
+def _tablespaces(base_tar: str) -> tuple[Tablespace, ...]:
+    """From tablespace_map, which lies at the beginning of base.tar, right after backup_label."""
+    with codec.open_reader(base_tar) as reader:
+        with tarfile.open(fileobj=reader, mode="r|", bufsize=codec.CHUNK) as tar:  # type: ignore[call-overload]
+            for position, member in enumerate(tar):
+                if member.name == "tablespace_map":
+                    stream = tar.extractfile(member)
+                    return parse_tablespace_map(stream.read().decode()) if stream else ()
+                if position > 3:
+                    break
+    return ()

@@ -1,0 +1,108 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What a stored base backup is. The document ``backup.json`` is one :class:`Backup`."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .errors import PitrError
+from .wal import Lsn
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a backup as it lies in the repository. ``size`` in bytes, ``sha256`` of the stored bytes, in hex."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Tablespace:
+    """A tablespace at the time of the backup; ``location`` is the directory on the server it was taken from."""
+
+    oid: int
+    location: str
+
+
+@dataclass(frozen=True)
+class Backup:
+    """A complete base backup. Times are UTC; ``stopped_at`` is not before the moment its last WAL record was written."""
+
+    label: str
+    type: str
+    system_identifier: str
+    postgresql_version: int
+    wal_segment_size: int
+    timeline: int
+    start_lsn: Lsn
+    stop_lsn: Lsn
+    started_at: datetime.datetime
+    stopped_at: datetime.datetime
+    database_bytes: int
+    compression: str
+    verified: str
+    files: tuple[StoredFile, ...]
+    tablespaces: tuple[Tablespace, ...] = ()
+    # 64-bit id of the next transaction when the backup had ended: later ones are certainly not in it.
+    next_xid: int | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size in the repository."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return (self.stopped_at - self.started_at).total_seconds()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored, and as modules return it: LSNs and times as text."""
+        result = asdict(self)
+        result.update(
+            format=FORMAT,
+            start_lsn=str(self.start_lsn),
+            stop_lsn=str(self.stop_lsn),
+            started_at=self.started_at.isoformat(),
+            stopped_at=self.stopped_at.isoformat(),
+            stored_bytes=self.stored_bytes,
+            seconds=round(self.seconds, 3),
+            files=[asdict(file) for file in self.files],
+            tablespaces=[asdict(tablespace) for tablespace in self.tablespaces],
+        )
+        return result
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Backup:
+        """Read back. Raises PitrError when something is missing; unknown keys of the same format are ignored."""
+        try:
+            return cls(
+                label=value["label"],
+                type=value["type"],
+                system_identifier=value["system_identifier"],
+                postgresql_version=value["postgresql_version"],
+                wal_segment_size=value["wal_segment_size"],
+                timeline=value["timeline"],
+                start_lsn=Lsn.parse(value["start_lsn"]),
+                stop_lsn=Lsn.parse(value["stop_lsn"]),
+                started_at=datetime.datetime.fromisoformat(value["started_at"]),
+                stopped_at=datetime.datetime.fromisoformat(value["stopped_at"]),
+                database_bytes=value["database_bytes"],
+                compression=value["compression"],
+                verified=value["verified"],
+                files=tuple(StoredFile(file["name"], file["size"], file["sha256"]) for file in value["files"]),
+                tablespaces=tuple(Tablespace(item["oid"], item["location"]) for item in value["tablespaces"]),
+                next_xid=value.get("next_xid"),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PitrError(f"a backup's description is damaged: {type(error).__name__} {error}") from None

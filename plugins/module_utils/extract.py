@@ -1,0 +1,102 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Backups back into directories: the stored tars, read forward once and written file by file."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+
+from .backup import MANIFEST, open_tar, sha256
+from .catalog import Backup, Tablespace
+from .codec import CHUNK
+from .errors import PitrError
+from .postgres import binary, run
+from .repository import write_atomic
+
+PG_CONTROL = "global/pg_control"
+# pg_control waits under this name until everything else is in place: without it no server starts from the directory.
+HELD_BACK = "global/pg_control.pitr-restoring"
+
+
+def _safe(root: str, name: str, where: str) -> str:
+    """Path of a tar member below ``root``. Raises PitrError for a name that leads out of it."""
+    parts = name.rstrip("/").split("/")
+    if name.startswith("/") or ".." in parts:
+        raise PitrError(f"{where} is damaged: it holds the name '{name}'.")
+    return os.path.join(root, *[part for part in parts if part not in ("", ".")])
+
+
+def extract_tar(path: str, root: str) -> None:
+    """Unpack one stored tar below ``root``. Existing files are never overwritten. Raises PitrError or OSError."""
+    with open_tar(path) as tar:
+        for member in tar:
+            name = HELD_BACK if member.name.lstrip("./") == PG_CONTROL else member.name
+            target = _safe(root, name, path)
+            if member.isdir():
+                os.makedirs(target, mode=0o700, exist_ok=True)
+                os.chmod(target, member.mode & 0o777)
+            elif member.isfile():
+                _write(tar, member, target)
+            else:
+                raise PitrError(f"{path} is damaged: '{member.name}' is neither a file nor a directory.")
+
+
+def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: str) -> None:
+    stream = tar.extractfile(member)
+    assert stream is not None
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, member.mode & 0o777)
+    try:
+        left = member.size
+        while left:
+            data = stream.read(min(left, CHUNK))
+            if not data:
+                raise PitrError(f"'{member.name}' ends {left} bytes too early.")
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            left -= len(data)
+    finally:
+        os.close(descriptor)
+
+
+def extract(backup: Backup, folder: str, pgdata: str, locations: dict[int, str]) -> None:
+    """Unpack a full backup. ``locations`` maps tablespace OIDs to the directories they go to, which must be empty.
+
+    Afterwards the directory is complete but for pg_control, which lies under :data:`HELD_BACK`.
+    """
+    base = [file.name for file in backup.files if file.name.startswith("base.tar")]
+    extract_tar(os.path.join(folder, base[0]), pgdata)
+    for tablespace in backup.tablespaces:
+        location = locations[tablespace.oid]
+        os.makedirs(location, mode=0o700, exist_ok=True)
+        stored = [file.name for file in backup.files if file.name.startswith(f"{tablespace.oid}.tar")]
+        if not stored:
+            raise PitrError(f"The backup {backup.label} has no file for the tablespace {tablespace.oid}.")
+        extract_tar(os.path.join(folder, stored[0]), location)
+        os.symlink(location, os.path.join(pgdata, "pg_tblspc", str(tablespace.oid)))
+
+
+def verify(backup: Backup, folder: str, pgdata: str, bin_dir: str) -> None:
+    """Compare every restored file with the backup's manifest (pg_verifybackup). Raises PitrError naming the files."""
+    manifest = os.path.join(folder, MANIFEST)
+    expected = {file.name: file.sha256 for file in backup.files}[MANIFEST]
+    if sha256(manifest) != expected:
+        raise PitrError(f"{manifest} is not the file that was stored with the backup.", path=manifest)
+    argv = [binary(bin_dir, "pg_verifybackup"), "--no-parse-wal", "--quiet", f"--manifest-path={manifest}"]
+    # Both names, because one of them is the other; pg_control proves itself by its own checksum.
+    argv += [f"--ignore={PG_CONTROL}", f"--ignore={HELD_BACK}", "--ignore=pitr-restoring.json", pgdata]
+    run(argv)
+
+
+def rewrite_tablespace_map(pgdata: str, tablespaces: tuple[Tablespace, ...], locations: dict[int, str]) -> None:
+    """Let the server make its links to the new directories, not to those of the server the backup came from."""
+    if not tablespaces:
+        return
+    lines = []
+    for tablespace in tablespaces:
+        path = locations[tablespace.oid].replace("\\", "\\\\").replace("\n", "\\\n").replace("\r", "\\\r")
+        lines.append(f"{tablespace.oid} {path}\n")
+    write_atomic(os.path.join(pgdata, "tablespace_map"), "".join(lines).encode("utf-8", "surrogateescape"))

@@ -1,0 +1,305 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The heart: from backups, archive and target to a restore plan, or to every reason why not. Pure; nothing is read here.
+
+Rules: a restore begins with the newest backup whose *stop* point lies before the target, on the ancestry of the target
+timeline, and needs every segment from the backup's start to the target. Source: "Recovering Using a Continuous Archive
+Backup", and the checks of ``xlogrecovery.c`` that would otherwise stop the server half-way.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .catalog import Backup
+from .errors import PitrError
+from .index import ArchiveIndex
+from .target import RecoveryTarget, format_time
+from .timeline import Span, TimelineTree
+from .wal import Lsn
+
+MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a restore will not be tried. ``code`` is stable; ``nearest`` is what would work, or empty."""
+
+    code: str
+    message: str
+    nearest: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        """For a module's result."""
+        return {"code": self.code, "message": self.message, "nearest": self.nearest}
+
+
+class RefusedError(PitrError):
+    """A restore was refused before anything was touched; ``refusals`` has every reason."""
+
+    def __init__(self, refusals: Sequence[Refusal]) -> None:
+        self.refusals = tuple(refusals)
+        lines = [f"[{item.code}] {item.message}" + (f" {item.nearest}" if item.nearest else "") for item in self.refusals]
+        super().__init__(
+            "The restore is refused; nothing was touched. " + " ".join(lines),
+            refusals=[item.to_dict() for item in self.refusals],
+        )
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a commit or a restore point lies in the WAL. ``lsn`` is the start of its record."""
+
+    lsn: Lsn
+    timeline: int
+    time: datetime.datetime | None = None
+
+
+@dataclass(frozen=True)
+class RestorePlan:
+    """What a restore would do. Segment numbers are inclusive; ``wal_bytes`` counts whole segments."""
+
+    backup: Backup
+    target: RecoveryTarget
+    timeline: int
+    spans: tuple[Span, ...]
+    first_segment: str
+    last_segment: str
+    segments: int
+    wal_bytes: int
+    end_lsn: Lsn
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a module's result."""
+        return {
+            "backup": self.backup.label,
+            "backup_timeline": self.backup.timeline,
+            "start_lsn": str(self.backup.start_lsn),
+            "consistent_lsn": str(self.backup.stop_lsn),
+            "target": str(self.target),
+            "target_kind": self.target.kind,
+            "target_value": self.target.value,
+            "target_inclusive": self.target.inclusive,
+            "target_action": self.target.action,
+            "timeline": self.timeline,
+            "timeline_path": [
+                {"timeline": span.timeline, "from": str(span.begin), "to": str(span.end) if span.end is not None else None}
+                for span in self.spans
+            ],
+            "first_segment": self.first_segment,
+            "last_segment": self.last_segment,
+            "segments": self.segments,
+            "wal_bytes": self.wal_bytes,
+            "end_lsn": str(self.end_lsn),
+            "backup_bytes": self.backup.database_bytes,
+            "notes": list(self.notes),
+        }
+
+
+def plan(
+    backups: Sequence[Backup],
+    index: ArchiveIndex,
+    target: RecoveryTarget,
+    choice: str = "auto",
+    damaged: Mapping[str, str] | None = None,
+    location: Location | None = None,
+    last_commit: datetime.datetime | None = None,
+) -> RestorePlan:
+    """Decide. ``choice`` is auto, latest or a label; ``damaged`` maps labels to what is wrong with them.
+
+    ``location`` is where an xid or name target was found. ``last_commit`` is the time of the last transaction that can be
+    replayed, when it is known. Raises RefusedError with every reason.
+    """
+    damaged = damaged or {}
+    tree = index.tree
+    if not backups:
+        raise RefusedError([Refusal("no_backup", "The repository holds no base backup of this cluster.", "Take one first.")])
+    timeline = target_timeline(target, tree, backups, choice)
+    related = candidates(backups, tree, timeline, choice)
+    whole = [backup for backup in related if backup.label not in damaged]
+    if not whole:
+        named = "; ".join(f"{backup.label}: {damaged[backup.label]}" for backup in related)
+        raise RefusedError([Refusal("backup_damaged", f"No whole backup is left to begin with: {named}.")])
+    if location is None and target.kind in ("xid", "name"):
+        kind = "transaction" if target.kind == "xid" else "restore point"
+        value = target.xid if target.kind == "xid" else f"'{target.name}'"
+        code = "target_not_in_archive"
+        message = f"The {kind} {value} is not in the archived WAL of timeline {timeline} after the oldest whole backup."
+        raise RefusedError([Refusal(code, message, _window(whole, index, timeline, last_commit))])
+    fitting = [backup for backup in whole if _ends_before(backup, target, location)]
+    if not fitting:
+        code = "target_before_first_backup" if choice == "auto" else "target_before_backup"
+        oldest = min(whole, key=lambda backup: backup.stop_lsn)
+        message = f"The target {target} lies before the end of the {'oldest usable' if choice == 'auto' else 'chosen'} backup"
+        nearest = f"The earliest restorable point is {format_time(oldest.stopped_at)}, LSN {oldest.stop_lsn}, of {oldest.label}."
+        raise RefusedError([Refusal(code, message + f" ({oldest.label}).", nearest)])
+    backup = max(fitting, key=lambda item: (item.stop_lsn, item.started_at))
+    return _with_wal(backup, index, target, timeline, location, last_commit, damaged)
+
+
+def target_timeline(target: RecoveryTarget, tree: TimelineTree, backups: Sequence[Backup], choice: str) -> int:
+    """Number of the timeline to recover along."""
+    if target.timeline == "latest":
+        return tree.newest
+    if target.timeline == "current":
+        chosen = [backup for backup in backups if backup.label == choice] or list(backups)
+        return max(chosen, key=lambda backup: backup.stopped_at).timeline
+    number = int(target.timeline)
+    try:
+        tree.switches(number)
+    except PitrError as error:
+        raise RefusedError([Refusal("timeline_unknown", error.message)]) from None
+    return number
+
+
+def candidates(backups: Sequence[Backup], tree: TimelineTree, timeline: int, choice: str) -> list[Backup]:
+    """Backups that are part of the timeline's past, narrowed to what was asked for."""
+    if choice not in ("auto", "latest"):
+        named = [backup for backup in backups if backup.label == choice]
+        if not named:
+            labels = ", ".join(sorted(backup.label for backup in backups))
+            raise RefusedError([Refusal("backup_not_found", f"There is no backup '{choice}'.", f"There are: {labels}.")])
+        backups = named
+    if choice == "latest":
+        backups = [max(backups, key=lambda backup: backup.stopped_at)]
+    related = [backup for backup in backups if tree.contains(timeline, backup.timeline, backup.stop_lsn)]
+    if not related:
+        where = ", ".join(f"{backup.label} on timeline {backup.timeline}" for backup in backups[-MAX_NAMED:])
+        message = f"No base backup leads to timeline {timeline}. The backups are: {where}."
+        raise RefusedError([Refusal("no_backup_on_timeline", message, "Name another recovery_target_timeline.")])
+    return related
+
+
+def _ends_before(backup: Backup, target: RecoveryTarget, location: Location | None) -> bool:
+    """Whether the backup is consistent before the target is reached: its stop point, not its start."""
+    if target.kind == "time":
+        assert target.time is not None
+        return backup.stopped_at <= target.time
+    if target.kind == "lsn":
+        assert target.lsn is not None
+        return backup.stop_lsn <= target.lsn
+    if target.kind in ("xid", "name"):
+        assert location is not None
+        return backup.stop_lsn <= location.lsn
+    return True
+
+
+def needed_spans(backup: Backup, tree: TimelineTree, timeline: int) -> list[Span]:
+    """The spans from the backup's start to the end of ``timeline``."""
+    spans = [span for span in tree.path(timeline) if span.end is None or span.end > backup.start_lsn]
+    first = spans[0]
+    return [Span(first.timeline, backup.start_lsn, first.end), *spans[1:]]
+
+
+def reachable_end(backup: Backup, index: ArchiveIndex, timeline: int) -> tuple[int, int, list[tuple[int, int]]]:
+    """How far the archive's WAL reaches without a hole from this backup along ``timeline``.
+
+    Returns the number of the last segment, how many segments there are, and the missing ones as (timeline, number), at
+    most MAX_NAMED + 1 of them. At a switch the segment is wanted from the new timeline, or from the old when the new
+    server has not archived it, which is how XLogFileReadAnyTLI looks for it.
+    """
+    size = index.segment_size
+    missing: list[tuple[int, int]] = []
+    number = backup.start_lsn.segment_number(size)
+    first = number
+    spans = needed_spans(backup, index.tree, timeline)
+    for position, span in enumerate(spans):
+        if span.end is not None:
+            last_of_span = span.end.segment_number(size) - 1
+        else:
+            last_of_span = max(index.last(span.timeline) or 0, backup.stop_lsn.previous_segment_number(size))
+            begin = span.begin.segment_number(size)
+            if position and index.has(spans[position - 1].timeline, begin):
+                # Promoted, but nothing archived yet on the new timeline: the parent's copy reaches up to the switch.
+                last_of_span = max(last_of_span, begin)
+        while number <= last_of_span and len(missing) <= MAX_NAMED:
+            end = index.run_end(span.timeline, number)
+            parent = spans[position - 1].timeline if position else None
+            at_switch = position > 0 and number == span.begin.segment_number(size)
+            if end is None and at_switch and parent is not None and index.has(parent, number):
+                end = number
+            if end is None:
+                missing.append((span.timeline, number))
+                end = number
+            number = min(end, last_of_span) + 1
+    reached = number - 1
+    return reached, reached - first + 1, missing
+
+
+def _with_wal(
+    backup: Backup,
+    index: ArchiveIndex,
+    target: RecoveryTarget,
+    timeline: int,
+    location: Location | None,
+    last_commit: datetime.datetime | None,
+    damaged: Mapping[str, str],
+) -> RestorePlan:
+    """Check the WAL that the chosen backup needs and complete the plan."""
+    size = index.segment_size
+    last_there, _count, missing = reachable_end(backup, index, timeline)
+    last = last_there
+    if target.kind == "immediate":
+        last = backup.stop_lsn.previous_segment_number(size)
+    elif target.kind == "lsn":
+        assert target.lsn is not None
+        last = target.lsn.segment_number(size)
+    elif location is not None:
+        last = location.lsn.segment_number(size)
+    refusals = []
+    in_the_way = [(tli, number) for tli, number in missing if number <= last]
+    if in_the_way:
+        names = [index.name(tli, number) for tli, number in in_the_way[:MAX_NAMED]]
+        more = " and more" if len(in_the_way) > MAX_NAMED else ""
+        end = Lsn(in_the_way[0][1] * size)
+        nearest = f"WAL is whole up to LSN {end}." if end >= backup.stop_lsn else "This backup cannot be made consistent."
+        message = f"The archive has a hole: {', '.join(names)}{more} missing, needed after backup {backup.label}."
+        refusals.append(Refusal("archive_gap", message, nearest))
+    elif last > last_there:
+        message = f"The target {target} lies after the end of the archive."
+        refusals.append(Refusal("target_beyond_archive", message, _window([backup], index, timeline, last_commit)))
+    elif target.kind == "time" and last_commit is not None:
+        assert target.time is not None
+        # PostgreSQL stops before the first transaction that ended later; without one it refuses to promote.
+        if last_commit < target.time or (target.inclusive and last_commit == target.time):
+            message = f"The target {target} is not before the last transaction in the archive."
+            nearest = f"The latest restorable time is just before {format_time(last_commit)}; 'latest' restores everything."
+            refusals.append(Refusal("target_beyond_archive", message, nearest))
+    if refusals:
+        raise RefusedError(refusals)
+    spans = needed_spans(backup, index.tree, timeline)
+    first = backup.start_lsn.segment_number(size)
+    last_timeline = next(
+        span.timeline for span in spans if span.end is None or last < span.end.segment_number(size)
+    )
+    notes = [f"backup {label} is passed over: {why}" for label, why in damaged.items()]
+    return RestorePlan(
+        backup=backup,
+        target=target,
+        timeline=timeline,
+        spans=tuple(spans),
+        first_segment=index.name(backup.timeline, first),
+        last_segment=index.name(last_timeline, last),
+        segments=last - first + 1,
+        wal_bytes=(last - first + 1) * size,
+        end_lsn=target.lsn if target.lsn is not None else Lsn((last + 1) * size),
+        notes=tuple(notes),
+    )
+
+
+def _window(
+    backups: Sequence[Backup], index: ArchiveIndex, timeline: int, last_commit: datetime.datetime | None
+) -> str:
+    """What can be restored, in words."""
+    oldest = min(backups, key=lambda backup: backup.stop_lsn)
+    last, _count, _missing = reachable_end(oldest, index, timeline)
+    until = f"LSN {Lsn((last + 1) * index.segment_size)}"
+    if last_commit is not None:
+        until += f", last transaction {format_time(last_commit)}"
+    return f"Restorable is from {format_time(oldest.stopped_at)}, LSN {oldest.stop_lsn}, to {until}."

@@ -1,0 +1,136 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The settings of a recovery: one include file that exists only while the cluster is recovering, and the signal files.
+
+``postgresql.auto.conf`` is read after every include and would win, so assignments there of the settings that a recovery
+needs are taken out, remembered in the include file, and put back by :func:`finish`. Old ``recovery_target*`` are not put
+back. Source: section "Recovery Target", and ``guc-file.l`` for the order of files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import PitrError
+from .postgres import conf_literal, parse_settings
+from .repository import fsync_directory, write_atomic
+
+INCLUDE_DIR = "conf.d"
+FILE = "99-pitr-recovery.conf"
+_SAVED = "# pitr-saved: "
+_PLAN = "# pitr-plan: "
+_STALE = re.compile(r"(recovery_target(_.*)?|recovery_min_apply_delay|recovery_end_command|archive_cleanup_command)\Z")
+
+
+def include_path(config_dir: str) -> str:
+    """Path of the managed include file."""
+    return os.path.join(config_dir, INCLUDE_DIR, FILE)
+
+
+def has_include_dir(config_dir: str) -> bool:
+    """Whether postgresql.conf reads conf.d."""
+    with contextlib.suppress(FileNotFoundError):
+        with open(os.path.join(config_dir, "postgresql.conf"), encoding="utf-8", errors="surrogateescape") as stream:
+            return any(re.match(rf"\s*include_dir\s*=?\s*'?{re.escape(INCLUDE_DIR)}'?\s*(#.*)?$", line) for line in stream)
+    return False
+
+
+def ensure_include_dir(config_dir: str) -> bool:
+    """Make postgresql.conf read conf.d. Returns whether something was changed."""
+    os.makedirs(os.path.join(config_dir, INCLUDE_DIR), mode=0o700, exist_ok=True)
+    if has_include_dir(config_dir):
+        return False
+    path = os.path.join(config_dir, "postgresql.conf")
+    with open(path, "rb") as stream:
+        text = stream.read()
+    if text and not text.endswith(b"\n"):
+        text += b"\n"
+    write_atomic(path, text + f"include_dir = '{INCLUDE_DIR}'\n".encode(), os.stat(path).st_mode & 0o777)
+    return True
+
+
+def write(config_dir: str, pgdata: str, settings: Mapping[str, str], plan: Mapping[str, Any]) -> None:
+    """Write the include file, neutralise postgresql.auto.conf, and leave exactly one signal file, recovery.signal."""
+    ensure_include_dir(config_dir)
+    saved = (_remembered(config_dir, _SAVED) or []) + _take_out(pgdata, set(settings))
+    lines = [
+        "# Written by pgdrill.pitr for one recovery; the module pgdrill.pitr.recovery removes it when the cluster is accepted.",
+        _PLAN + json.dumps(plan, sort_keys=True),
+        _SAVED + json.dumps(saved),
+    ]
+    lines += [f"{name} = {conf_literal(value)}" for name, value in sorted(settings.items())]
+    write_atomic(include_path(config_dir), ("\n".join(lines) + "\n").encode())
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(pgdata, "standby.signal"))
+    write_atomic(os.path.join(pgdata, "recovery.signal"), b"")
+
+
+def _auto_conf(pgdata: str) -> str:
+    return os.path.join(pgdata, "postgresql.auto.conf")
+
+
+def _take_out(pgdata: str, names: set[str]) -> list[str]:
+    """Remove assignments of these settings from postgresql.auto.conf; return the lines that are worth keeping."""
+    try:
+        with open(_auto_conf(pgdata), encoding="utf-8", errors="surrogateescape") as stream:
+            lines = stream.read().splitlines()
+    except FileNotFoundError:
+        return []
+    kept, saved = [], []
+    for line in lines:
+        found = parse_settings(line)
+        stale = bool(found) and bool(_STALE.match(found[0][0]))
+        if found and (stale or found[0][0] in names):
+            if not stale and found[0][0] != "restore_command":
+                saved.append(line)
+        else:
+            kept.append(line)
+    if len(kept) != len(lines):
+        text = "\n".join(kept) + "\n"
+        write_atomic(_auto_conf(pgdata), text.encode("utf-8", "surrogateescape"))
+    return saved
+
+
+def planned(config_dir: str) -> dict[str, Any] | None:
+    """The plan of the recovery that this configuration belongs to, or None when none is under way."""
+    return _remembered(config_dir, _PLAN)
+
+
+def _remembered(config_dir: str, prefix: str) -> Any:
+    try:
+        with open(include_path(config_dir), encoding="utf-8") as stream:
+            for line in stream:
+                if line.startswith(prefix):
+                    return json.loads(line[len(prefix) :])
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise PitrError(f"{include_path(config_dir)} is damaged: {error}. Read it and remove it by hand.") from None
+    return None
+
+
+def finish(config_dir: str, pgdata: str) -> bool:
+    """Remove the include file and put back what was taken out. Returns whether there was something to do.
+
+    The caller reloads the server. A setting that somebody has set again meanwhile is not overwritten.
+    """
+    path = include_path(config_dir)
+    if not os.path.exists(path):
+        return False
+    saved = _remembered(config_dir, _SAVED) or []
+    if saved:
+        with open(_auto_conf(pgdata), encoding="utf-8", errors="surrogateescape") as stream:
+            text = stream.read()
+        present = {name for name, _value in parse_settings(text)}
+        back = [line for line in saved if parse_settings(line)[0][0] not in present]
+        write_atomic(_auto_conf(pgdata), (text + "".join(f"{line}\n" for line in back)).encode("utf-8", "surrogateescape"))
+    os.unlink(path)
+    fsync_directory(os.path.dirname(path))
+    return True

@@ -1,0 +1,261 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The repository: where everything lies, and how it is written so that half-done never looks done.
+
+::
+
+    <repository>/
+      pitr-repository.json                 the marker; without it nothing is read or written here
+      <cluster>/
+        cluster.json                       name and chapters; a chapter is one system identifier
+        archive/<major>-<chapter>/
+          <first 16 of the name>/<name>    WAL segments, .partial and .backup files
+          <timeline>.history
+        backups/<label>/                   complete once backup.json is there
+
+docs/repository-format.md tells the same with reasons. On the path of ``pitr-wal``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+
+from .errors import PitrError
+from .wal import WalFile
+
+FORMAT = 1
+MARKER = "pitr-repository.json"
+CLUSTER_FILE = "cluster.json"
+BACKUP_FILE = "backup.json"
+
+_CLUSTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
+
+
+def fsync_directory(path: str) -> None:
+    """Make a new or removed name in this directory survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: str) -> bool:
+    """Create one directory, 0700, durably. Returns False when it was there."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise PitrError(f"{path} is in the way: it is not a directory. Nothing was changed.") from None
+        return False
+    fsync_directory(os.path.dirname(path))
+    return True
+
+
+def temporary_name(path: str) -> str:
+    """A name beside ``path`` that no reader takes for a finished file."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+
+
+def write_atomic(path: str, data: bytes, mode: int = 0o600) -> None:
+    """Replace a small file as a whole: temporary file, fsync, rename, fsync of the directory."""
+    temporary = temporary_name(path)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    fsync_directory(os.path.dirname(path))
+
+
+def write_json(path: str, value: object, mode: int = 0o600) -> None:
+    """Write a small document of the repository."""
+    write_atomic(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode(), mode)
+
+
+def read_json(path: str) -> dict[str, object]:
+    """Read a document of the repository and check its format number. Raises OSError or PitrError."""
+    with open(path, "rb") as stream:
+        data = stream.read()
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise PitrError(f"{path} is damaged: {error}.") from None
+    if not isinstance(value, dict) or not isinstance(value.get("format"), int):
+        raise PitrError(f"{path} is damaged: it has no format number.")
+    if value["format"] > FORMAT:
+        raise PitrError(f"{path} has format {value['format']}; this version reads up to {FORMAT}. Update pgdrill.pitr here.")
+    return value
+
+
+class Chapter:
+    """One system identifier in a cluster's folder. pg_upgrade makes a new one; the old stays restorable."""
+
+    __slots__ = ("number", "opened_at", "postgresql_version", "system_identifier", "wal_segment_size")
+
+    def __init__(
+        self, number: int, system_identifier: str, wal_segment_size: int, postgresql_version: int, opened_at: str
+    ) -> None:
+        self.number = number
+        self.system_identifier = system_identifier
+        self.wal_segment_size = wal_segment_size
+        self.postgresql_version = postgresql_version
+        self.opened_at = opened_at
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder below ``archive/``."""
+        return f"{self.postgresql_version}-{self.number}"
+
+    def to_dict(self) -> dict[str, object]:
+        """As stored in cluster.json."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def check_cluster_name(name: str) -> None:
+    """A cluster's name is a folder: letters, digits, dot, dash, underscore; 63 characters. Raises PitrError."""
+    if not _CLUSTER_NAME.match(name):
+        raise PitrError(f"'{name}' cannot name a cluster: use letters, digits, dots, dashes and underscores, at most 63.")
+
+
+class ClusterFolder:
+    """One cluster's part of a repository."""
+
+    def __init__(self, repository: str, name: str) -> None:
+        """Does not touch the disk. Raises PitrError for a name that cannot be one."""
+        check_cluster_name(name)
+        self.repository = repository
+        self.name = name
+        self.path = os.path.join(repository, name)
+        self.chapters: list[Chapter] = []
+
+    @classmethod
+    def open(cls, repository: str, name: str) -> ClusterFolder:
+        """Open an existing folder. Raises PitrError naming what is missing; an unmounted directory is never empty."""
+        folder = cls(repository, name)
+        try:
+            read_json(os.path.join(repository, MARKER))
+        except FileNotFoundError:
+            raise PitrError(
+                f"{repository} is not a repository: it has no {MARKER}. Is its filesystem mounted?"
+                " If it is new, the module pgdrill.pitr.repository creates it.",
+                repository=repository,
+            ) from None
+        except OSError as error:
+            raise PitrError(f"The repository {repository} cannot be read: {error.strerror}.") from None
+        try:
+            stored = read_json(os.path.join(folder.path, CLUSTER_FILE))
+        except FileNotFoundError:
+            raise PitrError(
+                f"The repository {repository} has no cluster '{name}'. Clusters there:"
+                f" {', '.join(clusters(repository)) or 'none'}.",
+                repository=repository,
+                cluster=name,
+            ) from None
+        except OSError as error:
+            raise PitrError(f"{folder.path} cannot be read: {error.strerror}.") from None
+        chapters = stored.get("chapters")
+        if not isinstance(chapters, list) or not chapters:
+            raise PitrError(f"{os.path.join(folder.path, CLUSTER_FILE)} is damaged: it lists no chapter.")
+        folder.chapters = [Chapter(**chapter) for chapter in chapters]
+        return folder
+
+    @property
+    def chapter(self) -> Chapter:
+        """The chapter that is being written."""
+        return self.chapters[-1]
+
+    def require(self, system_identifier: str) -> Chapter:
+        """The chapter with this system identifier. Raises PitrError when the folder belongs to another cluster."""
+        for chapter in self.chapters:
+            if chapter.system_identifier == system_identifier:
+                return chapter
+        raise PitrError(
+            f"{self.path} belongs to the cluster with system identifier {self.chapter.system_identifier},"
+            f" but this one is {system_identifier}. Nothing was written. Give this cluster a folder of its own.",
+            expected=self.chapter.system_identifier,
+            found=system_identifier,
+        )
+
+    @property
+    def backups_path(self) -> str:
+        """Folder of all base backups."""
+        return os.path.join(self.path, "backups")
+
+    def archive_path(self, chapter: Chapter | None = None) -> str:
+        """Folder of one chapter's archive."""
+        return os.path.join(self.path, "archive", (chapter or self.chapter).folder)
+
+    def wal_path(self, wal_file: WalFile, chapter: Chapter | None = None) -> str:
+        """Where a file of the archive lies, or would."""
+        return os.path.join(self.archive_path(chapter), wal_file.log, wal_file.name)
+
+    def save(self) -> None:
+        """Write cluster.json."""
+        document = {"format": FORMAT, "name": self.name, "chapters": [chapter.to_dict() for chapter in self.chapters]}
+        write_json(os.path.join(self.path, CLUSTER_FILE), document)
+
+
+def clusters(repository: str) -> list[str]:
+    """Names of the clusters in a repository."""
+    with contextlib.suppress(OSError), os.scandir(repository) as entries:
+        return sorted(entry.name for entry in entries if os.path.exists(os.path.join(entry.path, CLUSTER_FILE)))
+    return []
+
+
+def create(repository: str, name: str, chapter: Chapter, check: bool = False) -> tuple[ClusterFolder, list[str]]:
+    """Create or validate a cluster's folder and bind it to a system identifier.
+
+    Returns the folder and what was (or with ``check`` would be) created. Raises PitrError when the folder is bound to
+    another cluster, or a directory with other things in it would become a repository.
+    """
+    folder = ClusterFolder(repository, name)
+    created: list[str] = []
+    marker = os.path.join(repository, MARKER)
+    if not os.path.exists(marker):
+        if os.path.isdir(repository) and [entry for entry in os.listdir(repository) if entry != "lost+found"]:
+            raise PitrError(f"{repository} is neither empty nor a repository. Nothing was changed. Choose an empty directory.")
+        created.append(marker)
+        if not check:
+            os.makedirs(repository, mode=0o700, exist_ok=True)
+            write_json(marker, {"format": FORMAT})
+    document = os.path.join(folder.path, CLUSTER_FILE)
+    if os.path.exists(document):
+        folder = ClusterFolder.open(repository, name)
+        folder.require(chapter.system_identifier)
+    else:
+        folder.chapters = [chapter]
+        created.append(folder.path)
+        if not check:
+            make_directory(folder.path)
+    for path in (os.path.join(folder.path, "archive"), folder.archive_path(), folder.backups_path):
+        if not os.path.isdir(path):
+            created.append(path)
+            if not check:
+                make_directory(path)
+    if not os.path.exists(document) and not check:
+        # Last: a folder without cluster.json is not open for anybody.
+        folder.save()
+    return folder, created
+
+
+def archived_logs(archive: str, timeline: int | None = None) -> Iterator[str]:
+    """Names of the 4 GB folders of an archive, of one timeline or all, in no order."""
+    prefix = "" if timeline is None else f"{timeline:08X}"
+    with os.scandir(archive) as entries:
+        for entry in entries:
+            if len(entry.name) == 16 and entry.name.startswith(prefix):
+                yield entry.name

@@ -1,0 +1,383 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A restore, question by question: what is there (look), may it be done and from where (plan), do it (execute).
+
+Until :meth:`Restore.execute` nothing is changed anywhere. A failed execution puts the old directory back; a killed one
+leaves the old directory beside the new one, and a directory that no server can start from, which the next try recognises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import extract, recovery_conf
+from .backup import damaged_backups, stored_backups
+from .errors import PitrError
+from .index import ArchiveIndex, scan
+from .plan import (
+    Location,
+    Refusal,
+    RefusedError,
+    RestorePlan,
+    candidates,
+    needed_spans,
+    plan,
+    reachable_end,
+    target_timeline,
+)
+from .postgres import binary, binary_version, control_data, data_version, run, running_pid, shell_command
+from .repository import ClusterFolder, fsync_directory, write_json
+from .target import RecoveryTarget
+from .waldump import WalScanner
+
+ARCHIVE_AFTER = ("off", "same", "none-until-promoted")
+IN_PROGRESS = "pitr-restoring.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked. Paths are absolute; ``wal_command`` is the installed ``pitr-wal``."""
+
+    repository: str
+    cluster: str
+    pgdata: str
+    bin_dir: str
+    wal_command: str
+    target_options: Mapping[str, Any] = field(default_factory=dict)
+    backup: str = "auto"
+    config_dir: str = ""
+    tablespace_mapping: Mapping[str, str] = field(default_factory=dict)
+    force: bool = False
+    keep_unaccepted: bool = True
+    archive_after: str = "none-until-promoted"
+    verify: bool = True
+
+    @property
+    def configuration(self) -> str:
+        """Directory of postgresql.conf."""
+        return self.config_dir or self.pgdata
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was done. ``moved_aside`` is where the old directory is now, or empty. ``seconds`` of the copy."""
+
+    plan: RestorePlan
+    moved_aside: str
+    seconds: float
+
+
+class Restore:
+    """One restore of one cluster into one data directory."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._refusals: list[Refusal] = []
+
+    def plan(self) -> RestorePlan:
+        """Decide without touching anything. Raises RefusedError with every reason that can be known now."""
+        target = self._target()
+        try:
+            folder = ClusterFolder.open(self._request.repository, self._request.cluster)
+        except PitrError as error:
+            raise RefusedError([*self._refusals, Refusal("repository", error.message)]) from None
+        self._folder = folder
+        self._check_directory(folder)
+        backups = [b for b in stored_backups(folder) if b.system_identifier == folder.chapter.system_identifier]
+        result = None
+        if target is not None:
+            try:
+                index = scan(folder)
+                damaged = damaged_backups(folder, backups)
+                location, last_commit = self._locate(target, backups, index, damaged)
+                result = plan(backups, index, target, self._request.backup, damaged, location, last_commit)
+                self._check_host(result)
+            except RefusedError as error:
+                self._refusals += error.refusals
+        if self._refusals or result is None:
+            raise RefusedError(self._refusals)
+        return result
+
+    def _refuse(self, code: str, message: str, nearest: str = "") -> None:
+        self._refusals.append(Refusal(code, message, nearest))
+
+    def _target(self) -> RecoveryTarget | None:
+        try:
+            return RecoveryTarget.from_options(self._request.target_options)
+        except PitrError as error:
+            self._refuse("target", error.message)
+            return None
+
+    def _check_directory(self, folder: ClusterFolder) -> None:
+        """May this directory be replaced?"""
+        pgdata = self._request.pgdata
+        try:
+            found = os.listdir(pgdata)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self._refuse("directory_unreadable", f"{pgdata} cannot be read: {error.strerror}.")
+            return
+        pid = running_pid(pgdata)
+        if pid is not None:
+            message = f"A server is running in {pgdata} (process {pid})."
+            self._refuse("server_running", message, "Stop it first: pg_ctl stop -D, or its service.")
+            return
+        if not found or self._half_done(folder):
+            return
+        if "PG_VERSION" not in found or data_version(pgdata) is None:
+            self._refuse("directory_foreign", f"{pgdata} is not empty and not a data directory. It will not be touched.")
+            return
+        try:
+            identifier = control_data(self._request.bin_dir, pgdata).system_identifier
+        except PitrError as error:
+            message = f"{pgdata} is not empty, and it cannot be told which cluster it is: {error.message}"
+            self._refuse("directory_foreign", message, "Move it away yourself.")
+            return
+        if identifier != folder.chapter.system_identifier:
+            message = (
+                f"{pgdata} is the cluster with system identifier {identifier}, the repository's cluster"
+                f" '{folder.name}' is {folder.chapter.system_identifier}."
+            )
+            self._refuse("directory_foreign", message, "force does not change that; restore to another directory.")
+        elif not self._request.force:
+            message = f"{pgdata} is not empty: it is this cluster's own data directory."
+            self._refuse("directory_not_empty", message, "With force it is moved aside, not removed.")
+        elif os.path.ismount(pgdata):
+            message = f"{pgdata} is a mount point and cannot be moved aside."
+            self._refuse("directory_mount_point", message, "Move its content away yourself and restore into the empty directory.")
+
+    def _half_done(self, folder: ClusterFolder) -> bool:
+        """Whether this is what a killed restore of the same cluster has left: the marker, and no pg_control yet."""
+        if os.path.lexists(os.path.join(self._request.pgdata, extract.PG_CONTROL)):
+            return False
+        with contextlib.suppress(OSError, ValueError):
+            with open(os.path.join(self._request.pgdata, IN_PROGRESS), encoding="utf-8") as stream:
+                return bool(json.load(stream).get("system_identifier") == folder.chapter.system_identifier)
+        return False
+
+    def _locate(
+        self, target: RecoveryTarget, backups: list[Any], index: ArchiveIndex, damaged: Mapping[str, str]
+    ) -> tuple[Location | None, datetime.datetime | None]:
+        """Look into the WAL for what the catalog cannot tell: where an xid or a name is, when the last commit was."""
+        if not backups or target.kind not in ("time", "xid", "name"):
+            return None, None
+        timeline = target_timeline(target, index.tree, backups, self._request.backup)
+        related = candidates(backups, index.tree, timeline, self._request.backup)
+        whole = sorted((b for b in related if b.label not in damaged), key=lambda b: b.stop_lsn, reverse=True)
+        scanner = WalScanner(self._folder, self._folder.chapter, index, self._request.bin_dir)
+        until: int | None = None
+        for backup in whole:
+            spans = needed_spans(backup, index.tree, timeline)
+            last, _count, missing = reachable_end(backup, index, timeline)
+            if missing:
+                # What lies behind a hole cannot be reached from this backup.
+                last = min(number for _tli, number in missing) - 1
+            if target.kind == "time":
+                record = scanner.last_transaction(spans, last)
+                return None, record.time if record else backup.stopped_at
+            end = last if until is None else min(last, until)
+            if target.kind == "xid":
+                assert target.xid is not None
+                found = scanner.find_xid(spans, end, target.xid)
+            else:
+                assert target.name is not None
+                found = scanner.find_name(spans, end, target.name)
+            if found is not None:
+                return found, None
+            until = backup.stop_lsn.segment_number(index.segment_size)
+        return None, None
+
+    def _check_host(self, result: RestorePlan) -> None:
+        """Can this host run what would be restored?"""
+        request = self._request
+        version = binary_version(request.bin_dir)
+        if version != result.backup.postgresql_version:
+            message = f"The backup is of PostgreSQL {result.backup.postgresql_version}, {request.bin_dir} is {version}."
+            self._refuse("version", message, "Point bin_dir at the same major version.")
+        if not os.access(request.wal_command, os.X_OK):
+            message = f"{request.wal_command} is not an executable file, so WAL could not be fetched."
+            self._refuse("wal_command", message, "The module pgdrill.pitr.wal_command installs it.")
+        existing = os.path.dirname(request.pgdata)
+        while not os.path.isdir(existing):
+            existing = os.path.dirname(existing)
+        if not os.access(existing, os.W_OK):
+            self._refuse("not_writable", f"{existing} cannot be written by this user, so {request.pgdata} cannot be created.")
+        space = os.statvfs(existing)
+        free = space.f_bavail * space.f_frsize
+        needed = result.backup.database_bytes + 4 * result.backup.wal_segment_size
+        if free < needed:
+            message = f"{existing} has {free // 2**20} MiB free, the restore needs {needed // 2**20} MiB."
+            self._refuse("space", message, "The old directory is kept beside the new one until you remove it.")
+        unknown = set(request.tablespace_mapping) - {t.location for t in result.backup.tablespaces}
+        if unknown:
+            known = ", ".join(t.location for t in result.backup.tablespaces) or "none"
+            message = f"tablespace_mapping names {', '.join(sorted(unknown))}; the backup's tablespaces are: {known}."
+            self._refuse("tablespace_unknown", message)
+        for location in self.locations(result).values():
+            if os.path.isdir(location) and os.listdir(location):
+                message = f"The tablespace directory {location} is not empty."
+                self._refuse("tablespace_not_empty", message, "Map it to an empty one with tablespace_mapping.")
+        if request.config_dir and not os.path.exists(os.path.join(request.config_dir, "postgresql.conf")):
+            self._refuse("config_dir", f"{request.config_dir} holds no postgresql.conf.")
+
+    def locations(self, result: RestorePlan) -> dict[int, str]:
+        """Where each tablespace of the planned backup goes."""
+        mapping = self._request.tablespace_mapping
+        return {item.oid: mapping.get(item.location, item.location) for item in result.backup.tablespaces}
+
+    def execute(self, result: RestorePlan) -> Result:
+        """Perform the plan. Raises PitrError; then the old directory is where it was."""
+        started = time.monotonic()
+        pgdata = self._request.pgdata
+        if self._half_done(self._folder) or (not self._request.keep_unaccepted and _unaccepted(self._request)):
+            shutil.rmtree(pgdata)
+        moved_aside = self._move_aside()
+        locations = self.locations(result)
+        try:
+            os.makedirs(pgdata, mode=0o700, exist_ok=True)
+            os.chmod(pgdata, 0o700)
+            marker = {"system_identifier": result.backup.system_identifier, "backup": result.backup.label, "format": 1}
+            write_json(os.path.join(pgdata, IN_PROGRESS), marker)
+            stored = os.path.join(self._folder.backups_path, result.backup.label)
+            extract.extract(result.backup, stored, pgdata, locations)
+            if self._request.verify:
+                extract.verify(result.backup, stored, pgdata, self._request.bin_dir)
+            extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, locations)
+            recovery_conf.write(
+                self._request.configuration, pgdata, self._settings(result), {**result.to_dict(), "started_at": time.time()}
+            )
+            self._place_control(pgdata)
+            self._check_effective(result)
+        except BaseException:
+            self._put_back(moved_aside, locations)
+            raise
+        return Result(result, moved_aside, round(time.monotonic() - started, 3))
+
+    def _move_aside(self) -> str:
+        pgdata = self._request.pgdata
+        if not os.path.isdir(pgdata) or not os.listdir(pgdata):
+            return ""
+        stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
+        aside = f"{pgdata}.old-{stamp}"
+        while os.path.lexists(aside):
+            aside += "x"
+        os.rename(pgdata, aside)
+        fsync_directory(os.path.dirname(pgdata))
+        return aside
+
+    def _put_back(self, moved_aside: str, locations: Mapping[int, str]) -> None:
+        """After a failure: remove what this try has written and give the old directory its name back."""
+        pgdata = self._request.pgdata
+        for location in locations.values():
+            # They were empty before (see _check_host), so whatever is in them came from this try.
+            with contextlib.suppress(FileNotFoundError):
+                for name in os.listdir(location):
+                    shutil.rmtree(os.path.join(location, name), ignore_errors=True)
+        shutil.rmtree(pgdata, ignore_errors=True)
+        if moved_aside:
+            os.rename(moved_aside, pgdata)
+        elif not os.path.exists(pgdata):
+            os.makedirs(pgdata, mode=0o700)
+
+    def _settings(self, result: RestorePlan) -> dict[str, str]:
+        """The content of the include file."""
+        request = self._request
+        fetch = [request.wal_command, "get", f"--system-identifier={result.backup.system_identifier}", request.cluster]
+        settings = {
+            **result.target.settings(result.timeline),
+            "restore_command": shell_command(fetch, ["%f", "%p"]),
+            "hot_standby": "on",
+        }
+        if request.archive_after == "off":
+            settings["archive_mode"] = "off"
+        elif request.archive_after == "none-until-promoted":
+            # Segments wait in pg_wal until the cluster is accepted; then nothing, the history file included, is missing.
+            settings["archive_mode"] = "on"
+            settings["archive_library"] = ""
+            settings["archive_command"] = shell_command([request.wal_command, "hold", request.cluster], ["%p"])
+        return settings
+
+    def _place_control(self, pgdata: str) -> None:
+        """The last step: only now can a server start here."""
+        os.rename(os.path.join(pgdata, extract.HELD_BACK), os.path.join(pgdata, extract.PG_CONTROL))
+        fsync_directory(os.path.join(pgdata, "global"))
+        os.unlink(os.path.join(pgdata, IN_PROGRESS))
+        fsync_directory(pgdata)
+
+    def _check_effective(self, result: RestorePlan) -> None:
+        """Ask the server's own parser what it would use; raise floors that pg_control demands (design rule 7)."""
+        request = self._request
+        floors = control_data(request.bin_dir, request.pgdata).floors
+        raised = {}
+        for name, floor in floors.items():
+            if int(self._effective(name)) < floor:
+                raised[name] = str(floor)
+        expected = self._settings(result)
+        if raised:
+            recovery_conf.write(
+                request.configuration,
+                request.pgdata,
+                {**expected, **raised},
+                {**result.to_dict(), "started_at": time.time(), "raised": raised},
+            )
+        for name in ("restore_command", "recovery_target_timeline", "archive_mode", *raised):
+            value = self._effective(name)
+            if name in expected and value != expected[name]:
+                raise PitrError(
+                    f"The recovery's setting of {name} has no effect: the server would use '{value}'. Something in"
+                    f" {request.configuration} is read later than {recovery_conf.FILE}. Remove it there."
+                )
+
+    def _effective(self, name: str) -> str:
+        argv = [binary(self._request.bin_dir, "postgres"), "-D", self._request.configuration, "-C", name]
+        try:
+            return run(argv).rstrip("\n")
+        except PitrError as error:
+            raise PitrError(f"The configuration in {self._request.configuration} cannot be used: {error.message}") from None
+
+
+def _unaccepted(request: Request) -> bool:
+    """Whether the data directory is a restored cluster that nobody has accepted: its recovery settings are still there."""
+    return recovery_conf.planned(request.configuration) is not None
+
+
+def undo(request: Request, moved_aside: str, check: bool = False) -> str:
+    """Put the directory ``moved_aside`` back in place of a restored cluster that was not accepted.
+
+    Returns where the restored one is kept, or the empty text when it was removed. Raises PitrError when a server is running,
+    or when what lies in the way is an accepted cluster or another one.
+    """
+    pgdata = request.pgdata
+    if not os.path.isdir(moved_aside):
+        raise PitrError(f"{moved_aside} does not exist, so there is nothing to put back. {pgdata} is as it was.")
+    pid = running_pid(pgdata)
+    if pid is not None:
+        raise PitrError(f"A server is running in {pgdata} (process {pid}). Stop it first; nothing was changed.")
+    in_the_way = os.path.isdir(pgdata) and bool(os.listdir(pgdata))
+    half_done = os.path.exists(os.path.join(pgdata, IN_PROGRESS))
+    if in_the_way and not half_done:
+        ours = control_data(request.bin_dir, moved_aside).system_identifier
+        if not _unaccepted(request) or control_data(request.bin_dir, pgdata).system_identifier != ours:
+            raise PitrError(f"{pgdata} is not a restored cluster that waits to be accepted. It was not touched.")
+    kept = ""
+    if check:
+        return kept
+    if in_the_way and request.keep_unaccepted:
+        kept = moved_aside.replace(".old-", ".failed-") if ".old-" in moved_aside else f"{pgdata}.failed"
+        os.rename(pgdata, kept)
+    elif os.path.isdir(pgdata):
+        shutil.rmtree(pgdata)
+    os.rename(moved_aside, pgdata)
+    fsync_directory(os.path.dirname(pgdata))
+    return kept

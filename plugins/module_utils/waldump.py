@@ -1,0 +1,182 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Finding commits and restore points in the archived WAL with pg_waldump, a few segments at a time.
+
+pg_waldump wants plain segment files in one directory. A window of segments is unpacked, read, and removed again, so that
+disk and memory stay flat however long the archive is. Windows overlap by one segment, because a record may begin in one
+segment and end in the next.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from . import codec
+from .errors import PitrError
+from .index import ArchiveIndex
+from .plan import Location
+from .postgres import binary
+from .repository import Chapter, ClusterFolder
+from .timeline import Span
+from .wal import Lsn, WalFile
+
+WINDOW = 16
+
+_RECORD = re.compile(r"rmgr: (\S+)\s.*?, tx:\s*(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), prev \S+ desc: (.*)\Z")
+_TIME = re.compile(r"(?:COMMIT|ABORT)(?:_PREPARED)?(?: \d+:)? (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)?) UTC")
+_ERROR_AT = re.compile(r"error in WAL record at ([0-9A-F]+/[0-9A-F]+)")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of pg_waldump. ``lsn`` is the start of the record."""
+
+    rmgr: str
+    xid: int
+    lsn: Lsn
+    timeline: int
+    description: str
+
+    @property
+    def time(self) -> datetime.datetime | None:
+        """When the transaction ended, for commit and abort records."""
+        match = _TIME.match(self.description)
+        if match is None:
+            return None
+        return datetime.datetime.fromisoformat(f"{match.group(1):.26}").replace(tzinfo=datetime.timezone.utc)
+
+    @property
+    def ended_xid(self) -> int:
+        """The transaction that a commit or abort record ends; a prepared one is named in the description."""
+        match = re.match(r"(?:COMMIT|ABORT)_PREPARED (\d+)", self.description)
+        return int(match.group(1)) if match else self.xid
+
+    @property
+    def is_commit(self) -> bool:
+        """Whether it commits."""
+        return self.rmgr == "Transaction" and self.description.startswith("COMMIT")
+
+
+class WalScanner:
+    """Reads records of chosen resource managers from an archive."""
+
+    def __init__(self, folder: ClusterFolder, chapter: Chapter, index: ArchiveIndex, bin_dir: str) -> None:
+        self._folder = folder
+        self._chapter = chapter
+        self._index = index
+        self._bin_dir = bin_dir
+
+    def records(self, spans: list[Span], last: int, rmgrs: tuple[str, ...]) -> Iterator[Record]:
+        """Records along ``spans`` up to segment number ``last``, in order. Raises PitrError when WAL cannot be read."""
+        size = self._index.segment_size
+        for span in spans:
+            first = span.begin.segment_number(size)
+            end = last if span.end is None else min(last, span.end.segment_number(size))
+            seen = Lsn(max(int(span.begin) - 1, 0))
+            while first <= end and self._index.has(span.timeline, first):
+                until = min(first + WINDOW - 1, end, self._index.run_end(span.timeline, first) or first)
+                for record in self._window(span.timeline, first, until, rmgrs, until == end):
+                    if record.lsn > seen and (span.end is None or record.lsn < span.end):
+                        seen = record.lsn
+                        yield record
+                if until == end or until == self._index.run_end(span.timeline, first):
+                    break
+                first = until
+
+    def last_transaction(self, spans: list[Span], last: int) -> Record | None:
+        """The newest commit or abort along ``spans`` up to segment number ``last``, looking from the end backwards."""
+        size = self._index.segment_size
+        for span in reversed(spans):
+            end = last if span.end is None else min(last, span.end.segment_number(size))
+            for number in range(end, span.begin.segment_number(size) - 1, -1):
+                if not self._index.has(span.timeline, number):
+                    continue
+                found = None
+                for record in self._window(span.timeline, number, number, ("Transaction",), True):
+                    if record.time is not None and (span.end is None or record.lsn < span.end):
+                        found = record
+                if found is not None:
+                    return found
+        return None
+
+    def find_xid(self, spans: list[Span], last: int, xid: int) -> Location | None:
+        """Where transaction ``xid`` (its low 32 bits count) committed or aborted."""
+        for record in self.records(spans, last, ("Transaction",)):
+            if record.time is not None and record.ended_xid == xid & 0xFFFFFFFF:
+                return Location(record.lsn, record.timeline, record.time)
+        return None
+
+    def find_name(self, spans: list[Span], last: int, name: str) -> Location | None:
+        """Where the first restore point of this name lies."""
+        for record in self.records(spans, last, ("XLOG",)):
+            if record.description == f"RESTORE_POINT {name}":
+                return Location(record.lsn, record.timeline)
+        return None
+
+    def _window(self, timeline: int, first: int, until: int, rmgrs: tuple[str, ...], final: bool) -> Iterator[Record]:
+        size = self._index.segment_size
+        with tempfile.TemporaryDirectory(prefix="pitr-waldump-") as directory:
+            for number in range(first, until + 1):
+                name = self._index.name(timeline, number)
+                self._unpack(name, os.path.join(directory, name))
+            # Without an end it would look for the next segment for five seconds (WALDumpOpenSegment).
+            begin, end = Lsn(first * size), Lsn((until + 1) * size)
+            argv = [binary(self._bin_dir, "pg_waldump"), f"--path={directory}", f"--timeline={timeline}"]
+            argv += [f"--start={begin}", f"--end={end}"]
+            argv += [f"--rmgr={rmgr}" for rmgr in rmgrs]
+            with tempfile.TemporaryFile() as complaints:
+                process = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=complaints,
+                    env={"PATH": os.environ.get("PATH", ""), "LC_ALL": "C", "TZ": "UTC"},
+                )
+                assert process.stdout is not None
+                try:
+                    for line in process.stdout:
+                        record = _parse(line.decode(errors="replace").rstrip("\n"), timeline)
+                        if record is not None:
+                            yield record
+                finally:
+                    process.stdout.close()
+                    process.kill()
+                    process.wait()
+                complaints.seek(0)
+                said = complaints.read(4000).decode(errors="replace").strip()
+            self._check_end(said, timeline, until, final)
+
+    def _check_end(self, said: str, timeline: int, until: int, final: bool) -> None:
+        """pg_waldump always ends by running out of WAL; anywhere but in the window's last segment that is damage."""
+        match = _ERROR_AT.search(said)
+        if match is None:
+            return
+        lsn = Lsn.parse(match.group(1))
+        number = lsn.segment_number(self._index.segment_size)
+        if number < until:
+            name = self._index.name(timeline, number)
+            raise PitrError(f"The archived WAL cannot be read at {lsn}, in {name}: {said}")
+
+    def _unpack(self, name: str, target: str) -> None:
+        stored = self._folder.wal_path(WalFile.parse(name), self._chapter)
+        with codec.open_reader(stored) as reader, open(target, "wb") as stream:
+            while True:
+                data = reader.read(codec.CHUNK)
+                if not data:
+                    break
+                stream.write(data)
+
+
+def _parse(line: str, timeline: int) -> Record | None:
+    match = _RECORD.match(line)
+    if match is None:
+        return None
+    return Record(match.group(1), int(match.group(2)), Lsn.parse(match.group(3)), timeline, match.group(4))

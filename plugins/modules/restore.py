@@ -1,0 +1,293 @@
+#!/usr/bin/python
+
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: restore
+short_description: Plan and perform a restore with a recovery target
+version_added: 0.1.0
+description:
+  - Chooses the backup, checks the archive, the host and the data directory, and restores; then M(pgdrill.pitr.instance) or the service starts the server, and M(pgdrill.pitr.recovery) waits for the target.
+  - Every refusal that can be known is given before anything is touched. In check mode the plan is made and nothing else.
+  - A data directory in the way is never removed; with O(force) it is moved aside, and only when it is this cluster's own and no server is running on it.
+  - Run it as the user that owns the data directory.
+extends_documentation_fragment:
+  - pgdrill.pitr.repository
+  - pgdrill.pitr.bin_dir
+  - pgdrill.pitr.attributes
+attributes:
+  check_mode:
+    support: full
+    details:
+      - In check mode the result is the plan.
+  diff_mode:
+    support: none
+  idempotent:
+    support: none
+options:
+  state:
+    description:
+      - V(present) restores.
+      - V(undone) puts the directory O(moved_aside) back in place of a restored cluster that was not accepted. The latter is kept under another name, or removed with O(keep_unaccepted=false).
+    type: str
+    choices: [present, undone]
+    default: present
+  pgdata:
+    description:
+      - Data directory to restore into.
+    type: path
+    required: true
+  config_dir:
+    description:
+      - Where postgresql.conf is, when it is not in the data directory.
+    type: path
+  backup:
+    description:
+      - Label of the backup to begin with. V(auto) is the newest one that ended before the target, V(latest) the newest one or none.
+    type: str
+    default: auto
+  recovery_target_time:
+    description:
+      - Restore to this time. It must carry an offset from UTC, as in V(2026-03-01 14:29:59+01:00).
+    type: str
+  recovery_target_xid:
+    description:
+      - Restore up to this transaction.
+    type: str
+  recovery_target_lsn:
+    description:
+      - Restore up to this position of the WAL. With O(recovery_target_inclusive=false) exactly what had been written there.
+    type: str
+  recovery_target_name:
+    description:
+      - Restore to this restore point.
+    type: str
+  recovery_target:
+    description:
+      - V(immediate) stops as soon as the backup is consistent.
+      - Without any target everything that is archived is replayed.
+    type: str
+    choices: [immediate]
+  recovery_target_inclusive:
+    description:
+      - Whether the target itself is replayed.
+    type: bool
+    default: true
+  recovery_target_timeline:
+    description:
+      - V(latest), V(current) (the backup's) or the number of a timeline.
+    type: str
+    default: latest
+  recovery_target_action:
+    description:
+      - What the server does at the target.
+    type: str
+    choices: [promote, pause, shutdown]
+    default: promote
+  tablespace_mapping:
+    description:
+      - Directories of tablespaces, old to new. Those that are not named go where they were.
+    type: dict
+    default: {}
+  archive_after:
+    description:
+      - What the restored cluster does with WAL of its own. V(none-until-promoted) keeps it until M(pgdrill.pitr.recovery) accepts the cluster, V(off) archives nothing, V(same) archives into the same archive at once.
+    type: str
+    choices: ['off', same, none-until-promoted]
+    default: none-until-promoted
+  wal_command:
+    description:
+      - Path of C(pitr-wal), see M(pgdrill.pitr.wal_command).
+    type: path
+    required: true
+  force:
+    description:
+      - Replace a data directory of the same cluster; it is moved aside.
+    type: bool
+    default: false
+  keep_unaccepted:
+    description:
+      - Whether a restored cluster that was never accepted is moved aside like any other, or removed when it is in the way.
+    type: bool
+    default: true
+  moved_aside:
+    description:
+      - For O(state=undone), what RV(moved_aside) was.
+    type: path
+  verify:
+    description:
+      - Compare every restored file with the backup's manifest (C(pg_verifybackup)).
+    type: bool
+    default: true
+author:
+  - pgdrill.pitr contributors (@pgdrill)
+"""
+
+EXAMPLES = r"""
+- name: What would be done?
+  pgdrill.pitr.restore:
+    repository: /var/lib/pitr
+    cluster: main
+    pgdata: /var/lib/postgresql/18/main
+    bin_dir: /usr/lib/postgresql/18/bin
+    wal_command: /usr/local/lib/pgdrill/pitr-wal
+    recovery_target_time: "2026-03-01 14:29:59+01:00"
+    force: true
+  check_mode: true
+
+- name: Restore everything that is archived
+  pgdrill.pitr.restore:
+    repository: /var/lib/pitr
+    cluster: main
+    pgdata: /var/lib/postgresql/18/main
+    bin_dir: /usr/lib/postgresql/18/bin
+    wal_command: /usr/local/lib/pgdrill/pitr-wal
+    force: true
+"""
+
+RETURN = r"""
+plan:
+  description: What is, or in check mode would be, done.
+  returned: with O(state=present)
+  type: dict
+  sample:
+    backup: 20260301T142959Z-full
+    backup_timeline: 1
+    start_lsn: 0/2000028
+    consistent_lsn: 0/2000120
+    target: time 2026-03-01 13:29:59.000000+00:00
+    target_kind: time
+    target_value: 2026-03-01 13:29:59.000000+00:00
+    target_inclusive: true
+    target_action: promote
+    timeline: 1
+    timeline_path: [{"timeline": 1, "from": "0/2000028", "to": null}]
+    first_segment: "000000010000000000000002"
+    last_segment: "000000010000000000000007"
+    segments: 6
+    wal_bytes: 100663296
+    end_lsn: 0/8000000
+    backup_bytes: 23443211
+    notes: []
+backup:
+  description: Label of the backup.
+  returned: with O(state=present)
+  type: str
+  sample: 20260301T142959Z-full
+timeline:
+  description: Timeline that is followed.
+  returned: with O(state=present)
+  type: int
+  sample: 1
+moved_aside:
+  description: Where the old data directory is now; empty when there was none.
+  returned: success
+  type: str
+  sample: /var/lib/postgresql/18/main.old-20260301T143210
+refusals:
+  description: Why nothing was done, each with a stable code, a message and the nearest thing that would work.
+  returned: when refused
+  type: list
+  elements: dict
+  sample:
+    - code: time_without_offset
+      message: The time '2026-03-01 14:29:59' has no offset from UTC.
+      nearest: ""
+seconds:
+  description: How long the module took.
+  returned: success
+  type: float
+  sample: 0.412
+started_at:
+  description: When it began, ISO 8601, UTC.
+  returned: success
+  type: str
+  sample: "2026-03-01T14:29:59.123456+00:00"
+finished_at:
+  description: When it ended, ISO 8601, UTC.
+  returned: success
+  type: str
+  sample: "2026-03-01T14:30:02.503112+00:00"
+"""
+
+import os
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
+from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import ARCHIVE_AFTER, Request, Restore, undo
+
+TARGET_OPTIONS: dict[str, dict[str, Any]] = {
+    "recovery_target_time": {"type": "str"},
+    "recovery_target_xid": {"type": "str"},
+    "recovery_target_lsn": {"type": "str"},
+    "recovery_target_name": {"type": "str"},
+    "recovery_target": {"type": "str", "choices": ["immediate"]},
+    "recovery_target_inclusive": {"type": "bool", "default": True},
+    "recovery_target_timeline": {"type": "str", "default": "latest"},
+    "recovery_target_action": {"type": "str", "choices": ["promote", "pause", "shutdown"], "default": "promote"},
+}
+
+
+def run(module: AnsibleModule) -> dict[str, Any]:
+    """Plan, and outside check mode restore."""
+    params = module.params
+    request = Request(
+        repository=params["repository"],
+        cluster=params["cluster"],
+        pgdata=os.path.abspath(params["pgdata"]),
+        bin_dir=params["bin_dir"],
+        wal_command=params["wal_command"],
+        target_options={name: params[name] for name in TARGET_OPTIONS},
+        backup=params["backup"],
+        config_dir=params["config_dir"] or "",
+        tablespace_mapping=params["tablespace_mapping"],
+        force=params["force"],
+        keep_unaccepted=params["keep_unaccepted"],
+        archive_after=params["archive_after"],
+        verify=params["verify"],
+    )
+    if params["state"] == "undone":
+        kept = undo(request, params["moved_aside"], module.check_mode)
+        return {"changed": True, "moved_aside": kept}
+    restore = Restore(request)
+    plan = restore.plan()
+    result: dict[str, Any] = {"changed": True, "plan": plan.to_dict(), "backup": plan.backup.label, "timeline": plan.timeline}
+    result["moved_aside"] = ""
+    if not module.check_mode:
+        done = restore.execute(plan)
+        result["moved_aside"] = done.moved_aside
+    return result
+
+
+def main() -> None:
+    """Entry point."""
+    module = AnsibleModule(
+        argument_spec={
+            **repository_argument_spec(),
+            "bin_dir": {"type": "path", "required": True},
+            **TARGET_OPTIONS,
+            "state": {"type": "str", "choices": ["present", "undone"], "default": "present"},
+            "pgdata": {"type": "path", "required": True},
+            "config_dir": {"type": "path"},
+            "backup": {"type": "str", "default": "auto"},
+            "tablespace_mapping": {"type": "dict", "default": {}},
+            "archive_after": {"type": "str", "choices": list(ARCHIVE_AFTER), "default": "none-until-promoted"},
+            "wal_command": {"type": "path", "required": True},
+            "force": {"type": "bool", "default": False},
+            "keep_unaccepted": {"type": "bool", "default": True},
+            "moved_aside": {"type": "path"},
+            "verify": {"type": "bool", "default": True},
+        },
+        supports_check_mode=True,
+        required_if=[("state", "undone", ["moved_aside"])],
+    )
+    run_module(module, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+#!/usr/bin/python
+
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: wal_command
+short_description: Install the command pitr-wal that PostgreSQL calls
+version_added: 0.1.0
+description:
+  - Installs C(pitr-wal) on a database host, which is what C(archive_command) and C(restore_command) run.
+  - It is part of this collection as a plain directory beside a tiny launcher, and needs nothing but a Python 3.9 or later.
+extends_documentation_fragment:
+  - pgdrill.pitr.repository
+  - pgdrill.pitr.attributes
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: full
+  idempotent:
+    support: full
+options:
+  directory:
+    description:
+      - Directory to install into. Its owner should be root or the user that installs; PostgreSQL's user only has to read it.
+    type: path
+    required: true
+  compression:
+    description:
+      - How segments are stored, V(none), V(gzip), V(lz4) or V(zstd) with an optional C(:level); V(auto) is zstd where the command exists, else gzip.
+    type: str
+    default: auto
+  python:
+    description:
+      - Interpreter that runs the command. Without it the one that runs this module, outside of its virtual environment.
+    type: path
+author:
+  - pgdrill.pitr contributors (@pgdrill)
+"""
+
+EXAMPLES = r"""
+- name: pitr-wal for the cluster main
+  pgdrill.pitr.wal_command:
+    directory: /usr/local/lib/pgdrill
+    repository: /var/lib/pitr
+    cluster: main
+"""
+
+RETURN = r"""
+command:
+  description: Path of the launcher.
+  returned: success
+  type: str
+  sample: /usr/local/lib/pgdrill/pitr-wal
+archive_command:
+  description: The setting for the server, quoted.
+  returned: success
+  type: str
+  sample: /usr/local/lib/pgdrill/pitr-wal push main "%p"
+written:
+  description: Files that were written, or would be in check mode.
+  returned: success
+  type: list
+  elements: str
+  sample: ["/usr/local/lib/pgdrill/pitr-wal"]
+seconds:
+  description: How long the module took.
+  returned: success
+  type: float
+  sample: 0.412
+started_at:
+  description: When it began, ISO 8601, UTC.
+  returned: success
+  type: str
+  sample: "2026-03-01T14:29:59.123456+00:00"
+finished_at:
+  description: When it ended, ISO 8601, UTC.
+  returned: success
+  type: str
+  sample: "2026-03-01T14:30:02.503112+00:00"
+"""
+
+import os
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
+from ansible_collections.pgdrill.pitr.plugins.module_utils.install import COMMAND, install
+from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import shell_command
+
+
+def run(module: AnsibleModule) -> dict[str, Any]:
+    """Install."""
+    params = module.params
+    settings = {"repository": params["repository"], "compression": params["compression"]}
+    written = install(params["directory"], params["cluster"], settings, params["python"] or "", module.check_mode)
+    command = os.path.join(params["directory"], COMMAND)
+    result: dict[str, Any] = {"changed": bool(written), "command": command, "written": written}
+    result["archive_command"] = shell_command([command, "push", params["cluster"]], ["%p"])
+    if module._diff:
+        result["diff"] = {"before": "", "after": "".join(f"{path}\n" for path in written)}
+    return result
+
+
+def main() -> None:
+    """Entry point."""
+    module = AnsibleModule(
+        argument_spec={
+            **repository_argument_spec(),
+            "directory": {"type": "path", "required": True},
+            "compression": {"type": "str", "default": "auto"},
+            "python": {"type": "path"},
+        },
+        supports_check_mode=True,
+    )
+    run_module(module, run)
+
+
+if __name__ == "__main__":
+    main()
