@@ -44,7 +44,9 @@ class ActionModule(ActionBase):
             try:
                 paths = write(document, directory)
             except OSError as error:
-                raise AnsibleActionFail(f"The evidence could not be written to {directory}: {error.strerror}.") from error
+                raise AnsibleActionFail(
+                    f"The evidence could not be written to {directory}: {error.strerror}."
+                ) from error
             for line in lines:
                 display.display(line)
         finished_at = datetime.datetime.now(datetime.timezone.utc)

@@ -46,7 +46,9 @@ class ActionModule(ActionBase):
                 break
             name = self._task.get_name().strip()
             host = (task_vars or {}).get("inventory_hostname", "")
-            display.display(f"  [{host}] {name}: {result.get('progress_text')}, {time.monotonic() - started:.0f} s so far")
+            display.display(
+                f"  [{host}] {name}: {result.get('progress_text')}, {time.monotonic() - started:.0f} s so far"
+            )
             length = min(length * 1.5, LONGEST_SLICE)
         if "seconds" in result:
             result["seconds"] = round(time.monotonic() - started, 3)

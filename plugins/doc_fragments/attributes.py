@@ -16,9 +16,9 @@ attributes:
   check_mode:
     description: Can run in C(check_mode) and return changed status prediction without modifying target.
   diff_mode:
-    description: Will return details on what has changed (or possibly needs changing in C(check_mode)), when in diff mode.
+    description: Shows what has changed, or would in C(check_mode), when in diff mode.
   idempotent:
-    description: When run twice in a row outside check mode, with the same arguments, the second invocation indicates no change.
+    description: A second run with the same arguments, outside of check mode, reports no change.
   action_group:
     description: Use C(group/pgdrill.pitr.all) in C(module_defaults) to set defaults for this module.
     support: full

@@ -5,8 +5,8 @@
 """WAL into the archive and out of it: what ``archive_command`` and ``restore_command`` do.
 
 The two rules that nothing may break: ``push`` says done only when the segment lies in the archive on stable storage,
-whole and ours; ``get`` says "not there" only when it is proven not to be there. PostgreSQL reads the second answer as the
-end of the archive, and promotes.
+whole and ours; ``get`` says "not there" only when it is proven not to be there. PostgreSQL reads the second answer as
+the end of the archive, and promotes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Absent(Exception):
 def check_segment(data: bytes, wal_file: WalFile, chapter: Chapter, where: str, history: str | None) -> None:
     """Compare a segment's first page with its name and with the archive's cluster. Raises PitrError when they disagree.
 
-    ``history``: text of the history file of the segment's timeline, or None. The first segment of a timeline begins as a
-    copy of its parent's segment (XLogInitNewTimeline), so its first page may carry the parent's number.
+    ``history``: text of the history file of the segment's timeline, or None. The first segment of a timeline begins
+    as a copy of its parent's segment (XLogInitNewTimeline), so its first page may carry the parent's number.
     """
     try:
         header = SegmentHeader(data)
@@ -37,11 +37,13 @@ def check_segment(data: bytes, wal_file: WalFile, chapter: Chapter, where: str, 
         raise PitrError(f"{where} is not a WAL segment: {error.message}. Nothing was changed.") from None
     if header.system_identifier != chapter.system_identifier:
         raise PitrError(
-            f"{where} was written by the cluster with system identifier {header.system_identifier}, but this archive belongs"
+            f"{where} was written by the cluster with system identifier {header.system_identifier}; the archive belongs"
             f" to {chapter.system_identifier}. Refused; nothing was changed."
         )
     if header.segment_size != chapter.wal_segment_size:
-        raise PitrError(f"{where} has {header.segment_size} byte segments, the archive {chapter.wal_segment_size}. Refused.")
+        raise PitrError(
+            f"{where} has {header.segment_size} byte segments, the archive {chapter.wal_segment_size}. Refused."
+        )
     number = wal_file.number(header.segment_size)
     if int(header.page_address) != number * header.segment_size:
         raise PitrError(f"{where} holds WAL from {header.page_address}, which is not what its name says. Refused.")
@@ -87,7 +89,7 @@ def _already_stored(stored: str, source: int, path: str) -> str:
         raise PitrError(f"{path} was not archived: the archive already has it, but {error.message}") from None
     if not same:
         raise PitrError(
-            f"{path} was not archived: {stored} exists with other content, and is unchanged. Two servers may be archiving"
+            f"{path} was not archived: {stored} exists with other content, unchanged. Two servers may be archiving"
             " into the same place. Find out which one owns it before doing anything else."
         )
     return f"{os.path.basename(path)} was already in the archive, with the same content"
@@ -109,7 +111,9 @@ def push(path: str, repository: str, cluster: str, compression: str = "auto") ->
         if wal_file.kind in ("segment", "partial"):
             size = os.fstat(source).st_size
             if size != chapter.wal_segment_size:
-                raise PitrError(f"{path} has {size} bytes, a segment of this cluster {chapter.wal_segment_size}. Refused.")
+                raise PitrError(
+                    f"{path} has {size} bytes, a segment of this cluster {chapter.wal_segment_size}. Refused."
+                )
             history = _history_text(wal_file, folder, chapter, os.path.dirname(path) or ".")
             check_segment(os.pread(source, SegmentHeader.SIZE, 0), wal_file, chapter, path, history)
         stored = folder.wal_path(wal_file, chapter)
@@ -146,8 +150,8 @@ def _store(source: int, path: str, stored: str, compression: str) -> str:
 def get(name: str, target: str, repository: str, cluster: str, system_identifier: str | None = None) -> None:
     """Fetch one file of the archive to ``target`` (PostgreSQL's %p), whole and checked, or not at all.
 
-    ``system_identifier`` selects the chapter; without it, the newest. Raises Absent when the file is proven not to be there,
-    PitrError or OSError for everything else.
+    ``system_identifier`` selects the chapter; without it, the newest. Raises Absent when the file is proven not to be
+    there, PitrError or OSError for everything else.
     """
     wal_file = WalFile.parse(name)
     folder = ClusterFolder.open(repository, cluster)

@@ -4,8 +4,8 @@
 
 """Taking base backups over the replication protocol, and listing those that are stored.
 
-A backup is written into a hidden directory beside its final place and becomes visible by one rename, after its WAL has been
-seen in this repository's archive. pg_basebackup does the copying.
+A backup is written into a hidden directory beside its final place and becomes visible by one rename, after its WAL
+has been seen in this repository's archive. pg_basebackup does the copying.
 """
 
 from __future__ import annotations
@@ -140,7 +140,10 @@ class BaseBackup:
         label: str = "",
         archive_timeout: float = 600,
     ) -> None:
-        """``archive_timeout``: seconds to wait for the backup's WAL in the archive. ``max_rate`` as pg_basebackup takes it."""
+        """``archive_timeout``: seconds to wait for the backup's WAL in the archive.
+
+        ``max_rate`` as pg_basebackup takes it.
+        """
         self._folder = folder
         self._login = login
         self._bin_dir = bin_dir
@@ -158,13 +161,16 @@ class BaseBackup:
             "SELECT (SELECT system_identifier::text FROM pg_control_system()),"
             " current_setting('server_version_num')::int / 10000, current_setting('archive_mode'),"
             " (SELECT setting::bigint FROM pg_settings WHERE name = 'wal_segment_size'),"
-            " (SELECT enumvals FROM pg_settings WHERE name = 'wal_compression'), pg_is_in_recovery(), clock_timestamp()",
+            " (SELECT enumvals FROM pg_settings WHERE name = 'wal_compression'), pg_is_in_recovery(),"
+            " clock_timestamp()",
         )[0]
         names = ("system_identifier", "version", "archive_mode", "wal_segment_size", "compressions", "standby", "now")
         facts = dict(zip(names, row))
         chapter = self._folder.require(facts["system_identifier"])
         if chapter is not self._folder.chapter:
-            raise PitrError(f"{self._login} is the cluster of an older chapter of {self._folder.path}; nothing was written.")
+            raise PitrError(
+                f"{self._login} is the cluster of an older chapter of {self._folder.path}; nothing was written."
+            )
         if facts["archive_mode"] == "off":
             raise PitrError(
                 f"{self._login} has archive_mode = off. A base backup without archived WAL cannot be restored;"
@@ -174,7 +180,9 @@ class BaseBackup:
             raise PitrError(f"{self._login} is a standby. Take the backup from the primary. No backup was taken.")
         version = binary_version(self._bin_dir)
         if version < facts["version"]:
-            raise PitrError(f"{self._bin_dir} is PostgreSQL {version}, the server {facts['version']}. Use its own programs.")
+            raise PitrError(
+                f"{self._bin_dir} is PostgreSQL {version}, the server {facts['version']}. Use its own programs."
+            )
         if self._label and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self._label):
             raise PitrError(f"'{self._label}' cannot be a label: use letters, digits, dots, dashes and underscores.")
         if self._label and os.path.exists(os.path.join(self._folder.backups_path, self._label)):
@@ -264,7 +272,9 @@ class BaseBackup:
             now = time.monotonic()
             waiting_since = waiting_since or now
             if now - waiting_since > self._archive_timeout:
-                row = query(connection, "SELECT last_failed_wal, last_failed_time, failed_count FROM pg_stat_archiver")[0]
+                row = query(connection, "SELECT last_failed_wal, last_failed_time, failed_count FROM pg_stat_archiver")[
+                    0
+                ]
                 raise PitrError(
                     f"The files are copied, but {self._login} has not archived the backup's WAL within"
                     f" {self._archive_timeout:g} seconds. Last failure: {row[0]} at {row[1]}, {row[2]} failures in all;"
@@ -329,7 +339,7 @@ class BaseBackup:
                             found_bytes += member.size
         if (found, found_bytes) != (file_count, total):
             raise PitrError(
-                f"The backup holds {found} files with {found_bytes} bytes, its manifest names {file_count} with {total}."
+                f"The backup has {found} files with {found_bytes} bytes, the manifest {file_count} with {total}."
                 " The backup was removed again."
             )
         return "sizes"

@@ -36,7 +36,7 @@ def repository_argument_spec() -> dict[str, dict[str, Any]]:
 
 
 def run_module(module: Any, function: Callable[[Any], dict[str, Any]]) -> NoReturn:
-    """Call ``function(module)`` and leave with its result; a PitrError, or an error of the system, becomes a message."""
+    """Call ``function(module)`` and leave with its result; a PitrError or OSError becomes a message."""
     started_at = datetime.datetime.now(datetime.timezone.utc)
     started = time.monotonic()
     try:
@@ -44,7 +44,9 @@ def run_module(module: Any, function: Callable[[Any], dict[str, Any]]) -> NoRetu
     except PitrError as error:
         module.fail_json(msg=error.message, **error.detail)
     except OSError as error:
-        module.fail_json(msg=f"{error.filename or 'The system'}: {error.strerror or error}.", exception=traceback.format_exc())
+        module.fail_json(
+            msg=f"{error.filename or 'The system'}: {error.strerror or error}.", exception=traceback.format_exc()
+        )
     result.setdefault("seconds", round(time.monotonic() - started, 3))
     result.setdefault("started_at", started_at.isoformat())
     result["finished_at"] = datetime.datetime.now(datetime.timezone.utc).isoformat()

@@ -36,7 +36,10 @@ class Tablespace:
 
 @dataclass(frozen=True)
 class Backup:
-    """A complete base backup. Times are UTC; ``stopped_at`` is not before the moment its last WAL record was written."""
+    """A complete base backup.
+
+    Times are UTC; ``stopped_at`` is not before the moment its last WAL record was written.
+    """
 
     label: str
     type: str

@@ -4,9 +4,9 @@
 
 """The command ``pitr-wal`` that PostgreSQL calls, and how it is installed.
 
-It is this package as a plain directory, started by a few lines of shell. The shell stays in between because of one number:
-an interpreter that cannot start, or a crash of Python, exits 1, and PostgreSQL reads 1 from ``restore_command`` as "end of
-archive". Only the code ABSENT, which nothing but :func:`main` produces, becomes 1.
+It is this package as a plain directory, started by a few lines of shell. The shell stays in between because of one
+number: an interpreter that cannot start, or a crash of Python, exits 1, and PostgreSQL reads 1 from
+``restore_command`` as "end of archive". Only the code ABSENT, which nothing but :func:`main` produces, becomes 1.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def main(argv: list[str]) -> int:
             return 0
         if verb == "hold":
             # archive_command of a restored cluster that nobody has accepted yet: its WAL waits in pg_wal.
-            sys.stderr.write("pitr-wal hold: this cluster was restored and is not accepted yet; its WAL is kept here.\n")
+            sys.stderr.write(
+                "pitr-wal hold: this cluster was restored and is not accepted yet; its WAL is kept here.\n"
+            )
             return FAILED
         identifier = None
         if verb == "get" and arguments and arguments[0].startswith("--system-identifier="):
@@ -79,5 +81,7 @@ def main(argv: list[str]) -> int:
     except PitrError as error:
         sys.stderr.write(f"pitr-wal {verb}: {error.message}\n")
     except OSError as error:
-        sys.stderr.write(f"pitr-wal {verb}: {error.filename or ''}: {error.strerror}. Not done; nothing was replaced.\n")
+        sys.stderr.write(
+            f"pitr-wal {verb}: {error.filename or ''}: {error.strerror}. Not done; nothing was replaced.\n"
+        )
     return FAILED

@@ -4,9 +4,9 @@
 
 """Compression of everything that is stored: WAL segments, backups, dumps.
 
-What a file is compressed with is told by its first bytes, never by its name, so that a change of compression leaves older
-files readable. zstd and lz4 are the well-known commands; gzip is Python's zlib. All three formats carry a checksum of
-the content, which is checked before the last byte is handed out.
+What a file is compressed with is told by its first bytes, never by its name, so that a change of compression leaves
+older files readable. zstd and lz4 are the well-known commands; gzip is Python's zlib. All three formats carry a
+checksum of the content, which is checked before the last byte is handed out.
 
 On the path of ``pitr-wal``: processes are started with posix_spawn, because importing ``subprocess`` costs more than
 starting one.
@@ -32,7 +32,7 @@ _LEVELS = {"gzip": (1, 9), "lz4": (1, 12), "zstd": (1, 19)}
 
 def which(command: str) -> str | None:
     """Absolute path of a command, or None. PostgreSQL may have been started with a very short PATH."""
-    for folder in (os.environ.get("PATH") or "").split(os.pathsep) + ["/usr/local/bin", "/usr/bin", "/bin"]:
+    for folder in (*(os.environ.get("PATH") or "").split(os.pathsep), "/usr/local/bin", "/usr/bin", "/bin"):
         candidate = os.path.join(folder, command)
         if folder and os.access(candidate, os.X_OK) and not os.path.isdir(candidate):
             return candidate
@@ -63,7 +63,9 @@ def _command(name: str) -> str:
         return name
     found = which(name)
     if found is None:
-        raise PitrError(f"The command {name} is not installed on this host. Install the package {name}, or choose gzip.")
+        raise PitrError(
+            f"The command {name} is not installed on this host. Install the package {name}, or choose gzip."
+        )
     return found
 
 

@@ -23,7 +23,10 @@ MAX_GAPS = 100
 
 
 def archive_info(folder: ClusterFolder, bin_dir: str = "") -> dict[str, Any]:
-    """Timelines, ranges, gaps, and the age of the newest segment. With ``bin_dir`` also the last commit (pg_waldump)."""
+    """Timelines, ranges, gaps, and the age of the newest segment.
+
+    With ``bin_dir`` also the last commit (pg_waldump).
+    """
     index = scan(folder)
     tree = index.tree
     timelines = []
@@ -38,7 +41,9 @@ def archive_info(folder: ClusterFolder, bin_dir: str = "") -> dict[str, Any]:
                 "switch_lsn": str(parent.lsn) if parent else None,
                 "reason": parent.reason if parent else None,
                 "segments": sum(last - first + 1 for first, last in ranges),
-                "ranges": [[index.name(timeline, first), index.name(timeline, last)] for first, last in ranges[-MAX_GAPS:]],
+                "ranges": [
+                    [index.name(timeline, first), index.name(timeline, last)] for first, last in ranges[-MAX_GAPS:]
+                ],
             }
         )
         for first, last in index.gaps(timeline)[:MAX_GAPS]:
@@ -78,7 +83,9 @@ def backup_info(folder: ClusterFolder) -> dict[str, Any]:
     index = scan(folder)
     current = folder.chapter.system_identifier
     windows = [
-        _window(backup, index, damaged.get(backup.label, "")) for backup in backups if backup.system_identifier == current
+        _window(backup, index, damaged.get(backup.label, ""))
+        for backup in backups
+        if backup.system_identifier == current
     ]
     return {"backups": [backup.to_dict() for backup in backups], "recovery_windows": windows}
 

@@ -57,7 +57,10 @@ def content(directory: str, cluster: str, settings: dict[str, str], python: str)
     files = {os.path.join(library, PACKAGE, f"{name}.py"): (_source(name), 0o644) for name in FILES}
     files[os.path.join(library, PACKAGE, "__init__.py")] = (b"", 0o644)
     files[os.path.join(library, "__main__.py")] = (_MAIN.encode(), 0o644)
-    files[os.path.join(directory, f"{cluster}.json")] = ((json.dumps(settings, indent=2, sort_keys=True) + "\n").encode(), 0o644)
+    files[os.path.join(directory, f"{cluster}.json")] = (
+        (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode(),
+        0o644,
+    )
     files[os.path.join(directory, COMMAND)] = (launcher.encode(), 0o755)
     return files
 

@@ -2,10 +2,12 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The load of a drill: a database of its own, pgbench, and one status row that is rewritten around every recovery target.
+"""The load of a drill: a database of its own, pgbench, and one status row that is rewritten around every recovery
+target.
 
-The row is the proof of exactness: after a restore to a target it must be the one written just before that target, neither
-older nor newer. Marks are made while pgbench is running, so that the target lies in the middle of other transactions.
+The row is the proof of exactness: after a restore to a target it must be the one written just before that target,
+neither older nor newer. Marks are made while pgbench is running, so that the target lies in the middle of other
+transactions.
 """
 
 from __future__ import annotations
@@ -75,17 +77,24 @@ class Load:
             query(connection, f"CREATE DATABASE {quoted}")
             query(connection, f"COMMENT ON DATABASE {quoted} IS %s", (COMMENT,))
         with contextlib.closing(self._login.connect(self._database)) as connection:
-            query(connection, f"CREATE TABLE {STATUS} (id int PRIMARY KEY, sequence bigint NOT NULL, phase text NOT NULL)")
+            query(
+                connection, f"CREATE TABLE {STATUS} (id int PRIMARY KEY, sequence bigint NOT NULL, phase text NOT NULL)"
+            )
             query(connection, f"INSERT INTO {STATUS} VALUES (1, 0, 'base')")
 
-    def run(self, scenarios: Sequence[str], scale: int, clients: int, jobs: int, transactions: int, name: str) -> list[Mark]:
+    def run(
+        self, scenarios: Sequence[str], scale: int, clients: int, jobs: int, transactions: int, name: str
+    ) -> list[Mark]:
         """Load and mark. ``name``: what the restore point is called. Raises PitrError when pgbench fails."""
         unknown = sorted(set(scenarios) - set(SCENARIOS))
         if unknown:
             raise PitrError(f"Unknown scenario {', '.join(unknown)}. There are {', '.join(SCENARIOS)}.")
         pgbench = binary(self._bin_dir, "pgbench")
         marks = []
-        with self._login.environment() as environment, contextlib.closing(self._login.connect(self._database)) as connection:
+        with (
+            self._login.environment() as environment,
+            contextlib.closing(self._login.connect(self._database)) as connection,
+        ):
             self._advance(connection, "load")
             run([pgbench, "-i", "-q", "-s", str(scale), self._database], environment)
             argv = [pgbench, "-n", "-c", str(clients), "-j", str(jobs), "-t", str(transactions), self._database]
@@ -155,7 +164,11 @@ def check(login: Login, bin_dir: str, database: str, amcheck: bool, jobs: int) -
             environment.pop("PGDATABASE", None)
             # Exit code 2 is "corruption found"; its description is on standard output.
             process = subprocess.run(
-                argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False
+                argv,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=False,
             )
         findings = process.stdout.decode(errors="replace").strip()
         said = process.stderr.decode(errors="replace").strip()

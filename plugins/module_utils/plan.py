@@ -2,7 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The heart: from backups, archive and target to a restore plan, or to every reason why not. Pure; nothing is read here.
+"""The heart: from backups, archive and target to a restore plan, or to every reason why not. Pure; nothing is read
+here.
 
 Rules: a restore begins with the newest backup whose *stop* point lies before the target, on the ancestry of the target
 timeline, and needs every segment from the backup's start to the target. Source: "Recovering Using a Continuous Archive
@@ -44,7 +45,9 @@ class RefusedError(PitrError):
 
     def __init__(self, refusals: Sequence[Refusal]) -> None:
         self.refusals = tuple(refusals)
-        lines = [f"[{item.code}] {item.message}" + (f" {item.nearest}" if item.nearest else "") for item in self.refusals]
+        lines = [
+            f"[{item.code}] {item.message}" + (f" {item.nearest}" if item.nearest else "") for item in self.refusals
+        ]
         super().__init__(
             "The restore is refused; nothing was touched. " + " ".join(lines),
             refusals=[item.to_dict() for item in self.refusals],
@@ -89,7 +92,11 @@ class RestorePlan:
             "target_action": self.target.action,
             "timeline": self.timeline,
             "timeline_path": [
-                {"timeline": span.timeline, "from": str(span.begin), "to": str(span.end) if span.end is not None else None}
+                {
+                    "timeline": span.timeline,
+                    "from": str(span.begin),
+                    "to": str(span.end) if span.end is not None else None,
+                }
                 for span in self.spans
             ],
             "first_segment": self.first_segment,
@@ -113,13 +120,15 @@ def plan(
 ) -> RestorePlan:
     """Decide. ``choice`` is auto, latest or a label; ``damaged`` maps labels to what is wrong with them.
 
-    ``location`` is where an xid or name target was found. ``last_commit`` is the time of the last transaction that can be
-    replayed, when it is known. Raises RefusedError with every reason.
+    ``location`` is where an xid or name target was found. ``last_commit`` is the time of the last transaction that
+    can be replayed, when it is known. Raises RefusedError with every reason.
     """
     damaged = damaged or {}
     tree = index.tree
     if not backups:
-        raise RefusedError([Refusal("no_backup", "The repository holds no base backup of this cluster.", "Take one first.")])
+        raise RefusedError(
+            [Refusal("no_backup", "The repository holds no base backup of this cluster.", "Take one first.")]
+        )
     timeline = target_timeline(target, tree, backups, choice)
     related = candidates(backups, tree, timeline, choice)
     whole = [backup for backup in related if backup.label not in damaged]
@@ -136,8 +145,10 @@ def plan(
     if not fitting:
         code = "target_before_first_backup" if choice == "auto" else "target_before_backup"
         oldest = min(whole, key=lambda backup: backup.stop_lsn)
-        message = f"The target {target} lies before the end of the {'oldest usable' if choice == 'auto' else 'chosen'} backup"
-        nearest = f"The earliest restorable point is {format_time(oldest.stopped_at)}, LSN {oldest.stop_lsn}, of {oldest.label}."
+        message = (
+            f"The target {target} lies before the end of the {'oldest usable' if choice == 'auto' else 'chosen'} backup"
+        )
+        nearest = f"The earliest restorable point is {format_time(oldest.stopped_at)}, LSN {oldest.stop_lsn}."
         raise RefusedError([Refusal(code, message + f" ({oldest.label}).", nearest)])
     backup = max(fitting, key=lambda item: (item.stop_lsn, item.started_at))
     return _with_wal(backup, index, target, timeline, location, last_commit, damaged)
@@ -164,7 +175,9 @@ def candidates(backups: Sequence[Backup], tree: TimelineTree, timeline: int, cho
         named = [backup for backup in backups if backup.label == choice]
         if not named:
             labels = ", ".join(sorted(backup.label for backup in backups))
-            raise RefusedError([Refusal("backup_not_found", f"There is no backup '{choice}'.", f"There are: {labels}.")])
+            raise RefusedError(
+                [Refusal("backup_not_found", f"There is no backup '{choice}'.", f"There are: {labels}.")]
+            )
         backups = named
     if choice == "latest":
         backups = [max(backups, key=lambda backup: backup.stopped_at)]
@@ -258,7 +271,9 @@ def _with_wal(
         names = [index.name(tli, number) for tli, number in in_the_way[:MAX_NAMED]]
         more = " and more" if len(in_the_way) > MAX_NAMED else ""
         end = Lsn(in_the_way[0][1] * size)
-        nearest = f"WAL is whole up to LSN {end}." if end >= backup.stop_lsn else "This backup cannot be made consistent."
+        nearest = (
+            f"WAL is whole up to LSN {end}." if end >= backup.stop_lsn else "This backup cannot be made consistent."
+        )
         message = f"The archive has a hole: {', '.join(names)}{more} missing, needed after backup {backup.label}."
         refusals.append(Refusal("archive_gap", message, nearest))
     elif last > last_there:
@@ -269,15 +284,15 @@ def _with_wal(
         # PostgreSQL stops before the first transaction that ended later; without one it refuses to promote.
         if last_commit < target.time or (target.inclusive and last_commit == target.time):
             message = f"The target {target} is not before the last transaction in the archive."
-            nearest = f"The latest restorable time is just before {format_time(last_commit)}; 'latest' restores everything."
+            nearest = (
+                f"The latest restorable time is just before {format_time(last_commit)}; 'latest' restores everything."
+            )
             refusals.append(Refusal("target_beyond_archive", message, nearest))
     if refusals:
         raise RefusedError(refusals)
     spans = needed_spans(backup, index.tree, timeline)
     first = backup.start_lsn.segment_number(size)
-    last_timeline = next(
-        span.timeline for span in spans if span.end is None or last < span.end.segment_number(size)
-    )
+    last_timeline = next(span.timeline for span in spans if span.end is None or last < span.end.segment_number(size))
     notes = [f"backup {label} is passed over: {why}" for label, why in damaged.items()]
     return RestorePlan(
         backup=backup,

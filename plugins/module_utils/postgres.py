@@ -61,7 +61,7 @@ class Login:
     def connect(self, db: str = "", application_name: str = "pgdrill.pitr") -> Any:
         """A psycopg2 connection in autocommit mode. Raises PitrError when there is none to be had."""
         try:
-            import psycopg2  # noqa: PLC0415  the library is needed on few hosts, and never by pitr-wal
+            import psycopg2
         except ImportError:
             raise PitrError("The Python library psycopg2 is missing on this host. Install python3-psycopg2.") from None
         parameters: dict[str, Any] = {
@@ -84,8 +84,13 @@ class Login:
 
     @contextlib.contextmanager
     def environment(self) -> Iterator[dict[str, str]]:
-        """Environment for libpq programs. The password goes through a 0600 file, not through argv or the environment."""
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("PG") or key == "PGPASSFILE"}
+        """Environment for libpq programs.
+
+        The password goes through a 0600 file, not through argv or the environment.
+        """
+        environment = {
+            key: value for key, value in os.environ.items() if not key.startswith("PG") or key == "PGPASSFILE"
+        }
         # Messages are parsed, times are printed: the same on every host.
         environment.update(LC_ALL="C", PGPORT=str(self.port), PGUSER=self.user, PGDATABASE=self.db)
         if self.host or self.unix_socket:
@@ -103,7 +108,7 @@ class Login:
 
 def query(connection: Any, sql: str, parameters: Sequence[object] | None = None) -> list[tuple[Any, ...]]:
     """Rows of one statement. Raises PitrError with the server's words."""
-    import psycopg2  # noqa: PLC0415
+    import psycopg2
 
     try:
         with connection.cursor() as cursor:
@@ -133,8 +138,7 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, timeout: floa
             list(argv),
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             timeout=timeout,
             check=False,
         )
@@ -143,7 +147,9 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, timeout: floa
     except OSError as error:
         raise PitrError(f"{argv[0]} could not be started: {error.strerror}.") from None
     if result.returncode != 0:
-        said = (result.stderr.decode(errors="replace").strip() or result.stdout.decode(errors="replace").strip())[-2000:]
+        said = (result.stderr.decode(errors="replace").strip() or result.stdout.decode(errors="replace").strip())[
+            -2000:
+        ]
         raise PitrError(f"{name} failed with exit code {result.returncode}: {said}", rc=result.returncode)
     return result.stdout.decode(errors="replace")
 
@@ -199,7 +205,9 @@ def control_data(bin_dir: str, pgdata: str) -> ControlData:
     """Read pg_control of a data directory. Raises PitrError when it has none or it is damaged."""
     output = run([binary(bin_dir, "pg_controldata"), "-D", pgdata])
     if "WARNING" in output:
-        raise PitrError(f"{pgdata}/global/pg_control is damaged, or of another version than {bin_dir}: {output.strip()[:300]}")
+        raise PitrError(
+            f"{pgdata}/global/pg_control is damaged, or of another version than {bin_dir}: {output.strip()[:300]}"
+        )
     pairs = (line.partition(":") for line in output.splitlines())
     return ControlData({label.strip(): value.strip() for label, _colon, value in pairs})
 

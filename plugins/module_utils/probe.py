@@ -50,7 +50,10 @@ class Probe:
             return self._wait(connection)
 
     def restore_point(self, name: str) -> tuple[str, Archived]:
-        """Create a named restore point and wait until it is archived. Returns its LSN (end of its record) and the segment."""
+        """Create a named restore point and wait until it is archived.
+
+        Returns its LSN (end of its record) and the segment.
+        """
         with contextlib.closing(self._login.connect()) as connection:
             lsn = str(query(connection, "SELECT pg_create_restore_point(%s)::text", (name,))[0][0])
             return lsn, self._wait(connection)
@@ -82,7 +85,7 @@ class Probe:
     def _compare(self, stored: str, original: str) -> bool:
         """Compare with the server's own file where this host has it. Raises PitrError when they differ."""
         try:
-            source = open(original, "rb")  # noqa: SIM115  closed below
+            source = open(original, "rb")
         except OSError:
             return False
         with source, codec.open_reader(stored) as reader:
@@ -95,11 +98,12 @@ class Probe:
 
     def _failure(self, connection: Any, name: str) -> str:
         row = query(
-            connection, "SELECT last_archived_wal, last_failed_wal, last_failed_time, failed_count FROM pg_stat_archiver"
+            connection,
+            "SELECT last_archived_wal, last_failed_wal, last_failed_time, failed_count FROM pg_stat_archiver",
         )[0]
         command = query(connection, "SELECT current_setting('archive_command')")[0][0]
         failed = f"last failure: {row[1]} at {row[2]}, {row[3]} in all" if row[1] else "no failure is recorded"
         return (
             f"{name} did not arrive in {self._folder.archive_path()} within {self._timeout:g} seconds. Last archived:"
-            f" {row[0] or 'nothing'}; {failed}. The server's log has the words of its archive_command, which is: {command}"
+            f" {row[0] or 'nothing'}; {failed}. The server's log has the words of archive_command: {command}"
         )

@@ -4,8 +4,9 @@
 
 """A recovery while it runs and when it has reached its target.
 
-Where a recovery stopped is read from what PostgreSQL itself writes down: the last line of the new timeline's history file
-tells the switch point and the reason (getRecoveryStopReason of xlogrecovery.c), whatever the logging settings are.
+Where a recovery stopped is read from what PostgreSQL itself writes down: the last line of the new timeline's history
+file tells the switch point and the reason (getRecoveryStopReason of xlogrecovery.c), whatever the logging settings
+are.
 """
 
 from __future__ import annotations
@@ -151,7 +152,10 @@ class Recovery:
     """The recovery of one server."""
 
     def __init__(self, login: Login, pgdata: str, bin_dir: str, config_dir: str = "", log_file: str = "") -> None:
-        """``log_file``: the server's log, shown when it dies. ``config_dir``: where postgresql.conf is, default PGDATA."""
+        """``log_file``: the server's log, shown when it dies.
+
+        ``config_dir``: where postgresql.conf is, default PGDATA.
+        """
         self._login = login
         self._pgdata = pgdata
         self._bin_dir = bin_dir
@@ -200,8 +204,8 @@ class Recovery:
     def wait(self, timeout: float) -> tuple[Reached | None, Progress]:
         """Wait until the target is reached: promoted, paused there, or shut down there, as the plan's action says.
 
-        Returns (None, progress) when ``timeout`` seconds were not enough. Raises PitrError when the server died, when it
-        ended recovery elsewhere than asked, or when it is not recovering at all.
+        Returns (None, progress) when ``timeout`` seconds were not enough. Raises PitrError when the server died, when
+        it ended recovery elsewhere than asked, or when it is not recovering at all.
         """
         action = self.planned().get("target_action", "promote")
         deadline = time.monotonic() + timeout
@@ -266,11 +270,16 @@ class Recovery:
         planned = self.planned()
         wrong = contradiction(planned, reached) if planned else ""
         if wrong:
-            raise PitrError(f"The recovery of {self._pgdata} did not do what was planned: {wrong}. Do not use this cluster.")
+            raise PitrError(
+                f"The recovery of {self._pgdata} did not do what was planned: {wrong}. Do not use this cluster."
+            )
         return reached
 
     def promote(self, timeout: float) -> bool:
-        """Promote a server that is still recovering. Returns whether it was. Raises PitrError after ``timeout`` seconds."""
+        """Promote a server that is still recovering.
+
+        Returns whether it was. Raises PitrError after ``timeout`` seconds.
+        """
         with contextlib.closing(self._login.connect()) as connection:
             if not query(connection, "SELECT pg_is_in_recovery()")[0][0]:
                 return False

@@ -4,9 +4,9 @@
 
 """The settings of a recovery: one include file that exists only while the cluster is recovering, and the signal files.
 
-``postgresql.auto.conf`` is read after every include and would win, so assignments there of the settings that a recovery
-needs are taken out, remembered in the include file, and put back by :func:`finish`. Old ``recovery_target*`` are not put
-back. Source: section "Recovery Target", and ``guc-file.l`` for the order of files.
+``postgresql.auto.conf`` is read after every include and would win, so assignments there of the settings that a
+recovery needs are taken out, remembered in the include file, and put back by :func:`finish`. Old ``recovery_target*``
+are not put back. Source: section "Recovery Target", and ``guc-file.l`` for the order of files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def has_include_dir(config_dir: str) -> bool:
     """Whether postgresql.conf reads conf.d."""
     with contextlib.suppress(FileNotFoundError):
         with open(os.path.join(config_dir, "postgresql.conf"), encoding="utf-8", errors="surrogateescape") as stream:
-            return any(re.match(rf"\s*include_dir\s*=?\s*'?{re.escape(INCLUDE_DIR)}'?\s*(#.*)?$", line) for line in stream)
+            return any(
+                re.match(rf"\s*include_dir\s*=?\s*'?{re.escape(INCLUDE_DIR)}'?\s*(#.*)?$", line) for line in stream
+            )
     return False
 
 
@@ -61,7 +63,7 @@ def write(config_dir: str, pgdata: str, settings: Mapping[str, str], plan: Mappi
     ensure_include_dir(config_dir)
     saved = (_remembered(config_dir, _SAVED) or []) + _take_out(pgdata, set(settings))
     lines = [
-        "# Written by pgdrill.pitr for one recovery; the module pgdrill.pitr.recovery removes it when the cluster is accepted.",
+        "# Written by pgdrill.pitr for one recovery; pgdrill.pitr.recovery removes it when the cluster is accepted.",
         _PLAN + json.dumps(plan, sort_keys=True),
         _SAVED + json.dumps(saved),
     ]
@@ -100,7 +102,8 @@ def _take_out(pgdata: str, names: set[str]) -> list[str]:
 
 def planned(config_dir: str) -> dict[str, Any] | None:
     """The plan of the recovery that this configuration belongs to, or None when none is under way."""
-    return _remembered(config_dir, _PLAN)
+    found = _remembered(config_dir, _PLAN)
+    return found if isinstance(found, dict) else None
 
 
 def _remembered(config_dir: str, prefix: str) -> Any:
@@ -130,7 +133,9 @@ def finish(config_dir: str, pgdata: str) -> bool:
             text = stream.read()
         present = {name for name, _value in parse_settings(text)}
         back = [line for line in saved if parse_settings(line)[0][0] not in present]
-        write_atomic(_auto_conf(pgdata), (text + "".join(f"{line}\n" for line in back)).encode("utf-8", "surrogateescape"))
+        write_atomic(
+            _auto_conf(pgdata), (text + "".join(f"{line}\n" for line in back)).encode("utf-8", "surrogateescape")
+        )
     os.unlink(path)
     fsync_directory(os.path.dirname(path))
     return True

@@ -126,7 +126,9 @@ def evidence(raw: Mapping[str, Any], finished_at: datetime.datetime) -> dict[str
         "finished_at": finished_at.astimezone(datetime.timezone.utc).isoformat(timespec="milliseconds"),
         "load": raw.get("load") or {},
         "phases": [
-            {"name": item["name"], "seconds": _seconds(item)} for item in raw.get("phases") or [] if item.get("seconds") is not None
+            {"name": item["name"], "seconds": _seconds(item)}
+            for item in raw.get("phases") or []
+            if item.get("seconds") is not None
         ],
         "scenarios": scenarios,
         "old_pgdata": raw.get("old_pgdata") or "",
@@ -145,15 +147,23 @@ def summary(document: Mapping[str, Any], directory: str) -> list[str]:
         reached = item["reached"] or {}
         lines.append(f"  {item['name']:<10} {item['verdict'].upper()}")
         lines.append(f"    asked      {item['target'] or '-'}")
-        lines.append(f"    reached    {reached.get('reason', '-')}, LSN {reached.get('lsn', '-')}, timeline {item['timeline'] or '-'}")
+        where = f"LSN {reached.get('lsn', '-')}, timeline {item['timeline'] or '-'}"
+        lines.append(f"    reached    {reached.get('reason', '-')}, {where}")
         wal = item["wal"]
-        lines.append(f"    from       {item['backup'] or '-'}, {wal['segments'] or 0} segments of WAL ({_mib(wal['wal_bytes'])})")
+        lines.append(
+            f"    from       {item['backup'] or '-'}, {wal['segments'] or 0} segments of WAL ({_mib(wal['wal_bytes'])})"
+        )
         status = item["status"]
-        lines.append(f"    status row {status['found'].get('phase', '-')!r}, expected {status['expected'].get('phase', '-')!r}")
+        lines.append(
+            f"    status row {status['found'].get('phase', '-')!r}, expected {status['expected'].get('phase', '-')!r}"
+        )
         phases = "  ".join(f"{phase['name']} {phase['seconds']:.1f}" for phase in item["phases"])
-        lines.append(f"    seconds    {phases}  | usable again after {item['rto_seconds'] if item['rto_seconds'] is not None else '-'}")
+        usable = "-" if item["rto_seconds"] is None else f"{item['rto_seconds']:.1f}"
+        lines.append(f"    seconds    {phases}  | usable again after {usable}")
         for explained in item["explained"]:
-            lines.append(f"    tolerated  {explained.get('database')}: {explained.get('object')}: {explained.get('reason')}")
+            lines.append(
+                f"    tolerated  {explained.get('database')}: {explained.get('object')}: {explained.get('reason')}"
+            )
         for difference in item["differences"][:5]:
             where = f"{difference.get('database')}: {difference.get('object')}"
             line = f", line {difference['line']}" if difference.get("line") else ""

@@ -97,7 +97,9 @@ def read_json(path: str) -> dict[str, object]:
     if not isinstance(value, dict) or not isinstance(value.get("format"), int):
         raise PitrError(f"{path} is damaged: it has no format number.")
     if value["format"] > FORMAT:
-        raise PitrError(f"{path} has format {value['format']}; this version reads up to {FORMAT}. Update pgdrill.pitr here.")
+        raise PitrError(
+            f"{path} has format {value['format']}; this version reads up to {FORMAT}. Update pgdrill.pitr here."
+        )
     return value
 
 
@@ -128,7 +130,9 @@ class Chapter:
 def check_cluster_name(name: str) -> None:
     """A cluster's name is a folder: letters, digits, dot, dash, underscore; 63 characters. Raises PitrError."""
     if not _CLUSTER_NAME.match(name):
-        raise PitrError(f"'{name}' cannot name a cluster: use letters, digits, dots, dashes and underscores, at most 63.")
+        raise PitrError(
+            f"'{name}' cannot name a cluster: use letters, digits, dots, dashes and underscores, at most 63."
+        )
 
 
 class ClusterFolder:
@@ -227,7 +231,9 @@ def create(repository: str, name: str, chapter: Chapter, check: bool = False) ->
     marker = os.path.join(repository, MARKER)
     if not os.path.exists(marker):
         if os.path.isdir(repository) and [entry for entry in os.listdir(repository) if entry != "lost+found"]:
-            raise PitrError(f"{repository} is neither empty nor a repository. Nothing was changed. Choose an empty directory.")
+            raise PitrError(
+                f"{repository} is neither empty nor a repository. Nothing was changed. Choose an empty directory."
+            )
         created.append(marker)
         if not check:
             os.makedirs(repository, mode=0o700, exist_ok=True)

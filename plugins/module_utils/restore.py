@@ -4,8 +4,9 @@
 
 """A restore, question by question: what is there (look), may it be done and from where (plan), do it (execute).
 
-Until :meth:`Restore.execute` nothing is changed anywhere. A failed execution puts the old directory back; a killed one
-leaves the old directory beside the new one, and a directory that no server can start from, which the next try recognises.
+Until :meth:`Restore.execute` nothing is changed anywhere. A failed execution puts the old directory back; a killed
+one leaves the old directory beside the new one, and a directory that no server can start from, which the next try
+recognises.
 """
 
 from __future__ import annotations
@@ -136,7 +137,9 @@ class Restore:
         if not found or self._half_done(folder):
             return
         if "PG_VERSION" not in found or data_version(pgdata) is None:
-            self._refuse("directory_foreign", f"{pgdata} is not empty and not a data directory. It will not be touched.")
+            self._refuse(
+                "directory_foreign", f"{pgdata} is not empty and not a data directory. It will not be touched."
+            )
             return
         try:
             identifier = control_data(self._request.bin_dir, pgdata).system_identifier
@@ -155,7 +158,9 @@ class Restore:
             self._refuse("directory_not_empty", message, "With force it is moved aside, not removed.")
         elif os.path.ismount(pgdata):
             message = f"{pgdata} is a mount point and cannot be moved aside."
-            self._refuse("directory_mount_point", message, "Move its content away yourself and restore into the empty directory.")
+            self._refuse(
+                "directory_mount_point", message, "Move its content away yourself and restore into the empty directory."
+            )
 
     def _half_done(self, folder: ClusterFolder) -> bool:
         """Whether this is what a killed restore of the same cluster has left: the marker, and no pg_control yet."""
@@ -212,7 +217,9 @@ class Restore:
         while not os.path.isdir(existing):
             existing = os.path.dirname(existing)
         if not os.access(existing, os.W_OK):
-            self._refuse("not_writable", f"{existing} cannot be written by this user, so {request.pgdata} cannot be created.")
+            self._refuse(
+                "not_writable", f"{existing} cannot be written by this user, so {request.pgdata} cannot be created."
+            )
         space = os.statvfs(existing)
         free = space.f_bavail * space.f_frsize
         needed = result.backup.database_bytes + 4 * result.backup.wal_segment_size
@@ -255,7 +262,10 @@ class Restore:
                 extract.verify(result.backup, stored, pgdata, self._request.bin_dir)
             extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, locations)
             recovery_conf.write(
-                self._request.configuration, pgdata, self._settings(result), {**result.to_dict(), "started_at": time.time()}
+                self._request.configuration,
+                pgdata,
+                self._settings(result),
+                {**result.to_dict(), "started_at": time.time()},
             )
             self._place_control(pgdata)
             self._check_effective(result)
@@ -302,7 +312,7 @@ class Restore:
         if request.archive_after == "off":
             settings["archive_mode"] = "off"
         elif request.archive_after == "none-until-promoted":
-            # Segments wait in pg_wal until the cluster is accepted; then nothing, the history file included, is missing.
+            # Segments wait in pg_wal until the cluster is accepted; then nothing is missing, the history file neither.
             settings["archive_mode"] = "on"
             settings["archive_library"] = ""
             settings["archive_command"] = shell_command([request.wal_command, "hold", request.cluster], ["%p"])
@@ -344,19 +354,21 @@ class Restore:
         try:
             return run(argv).rstrip("\n")
         except PitrError as error:
-            raise PitrError(f"The configuration in {self._request.configuration} cannot be used: {error.message}") from None
+            raise PitrError(
+                f"The configuration in {self._request.configuration} cannot be used: {error.message}"
+            ) from None
 
 
 def _unaccepted(request: Request) -> bool:
-    """Whether the data directory is a restored cluster that nobody has accepted: its recovery settings are still there."""
+    """Whether this is a restored cluster that nobody has accepted: its recovery settings are still there."""
     return recovery_conf.planned(request.configuration) is not None
 
 
 def undo(request: Request, moved_aside: str, check: bool = False) -> str:
     """Put the directory ``moved_aside`` back in place of a restored cluster that was not accepted.
 
-    Returns where the restored one is kept, or the empty text when it was removed. Raises PitrError when a server is running,
-    or when what lies in the way is an accepted cluster or another one.
+    Returns where the restored one is kept, or the empty text when it was removed. Raises PitrError when a server is
+    running, or when what lies in the way is an accepted cluster or another one.
     """
     pgdata = request.pgdata
     if not os.path.isdir(moved_aside):

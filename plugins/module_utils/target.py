@@ -64,7 +64,10 @@ def format_time(value: datetime.datetime) -> str:
 
 @dataclass(frozen=True)
 class RecoveryTarget:
-    """One recovery target. ``time`` is in UTC, ``xid`` may be the 64-bit form, ``timeline`` is latest, current or a number."""
+    """One recovery target.
+
+    ``time`` is in UTC, ``xid`` may be the 64-bit form, ``timeline`` is latest, current or a number.
+    """
 
     kind: str = "latest"
     time: datetime.datetime | None = None
@@ -94,7 +97,9 @@ class RecoveryTarget:
         }
         if len(given) > 1:
             named = ", ".join(f"{kind} ({value})" for kind, value in given.items())
-            raise PitrError(f"More than one recovery target was given: {named}. PostgreSQL takes one; keep the one you mean.")
+            raise PitrError(
+                f"More than one recovery target was given: {named}. PostgreSQL takes one; keep the one you mean."
+            )
         inclusive = options.get("recovery_target_inclusive")
         action = str(options.get("recovery_target_action") or "promote")
         if action not in ACTIONS:
@@ -119,7 +124,9 @@ class RecoveryTarget:
         if kind == "lsn":
             return cls(kind=kind, lsn=Lsn.parse(text), **common)  # type: ignore[arg-type]
         if len(text.encode()) > MAX_NAME_BYTES:
-            raise PitrError(f"The restore point name '{text}' is longer than {MAX_NAME_BYTES} bytes; no server has made it.")
+            raise PitrError(
+                f"The restore point name '{text}' is longer than {MAX_NAME_BYTES} bytes; no server has made it."
+            )
         return cls(kind=kind, name=text, **common)  # type: ignore[arg-type]
 
     @property
@@ -161,7 +168,10 @@ class RecoveryTarget:
 
 
 def parse_timeline(value: object) -> str:
-    """``latest``, ``current`` or the decimal number of a timeline. Hexadecimal needs the prefix 0x, as in PostgreSQL."""
+    """``latest``, ``current`` or the decimal number of a timeline.
+
+    Hexadecimal needs the prefix 0x, as in PostgreSQL.
+    """
     text = "latest" if value in (None, "") else str(value).strip()
     if text in ("latest", "current"):
         return text

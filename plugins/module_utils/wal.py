@@ -58,7 +58,7 @@ class Lsn(int):
         return int(self) // segment_size
 
     def previous_segment_number(self, segment_size: int) -> int:
-        """Number of the segment that holds the byte before this position (an end pointer on a border: XLByteToPrevSeg)."""
+        """Number of the segment that holds the byte before this position (for end pointers: XLByteToPrevSeg)."""
         return (int(self) - 1) // segment_size
 
 
@@ -132,7 +132,9 @@ class SegmentHeader:
         """Decode. Raises PitrError when these bytes do not begin a WAL segment of a supported PostgreSQL version."""
         if len(data) < _LONG_HEADER.size:
             raise PitrError(f"only {len(data)} bytes, too short for a WAL segment")
-        magic, info, timeline, address, _rem, system_identifier, segment_size, block_size = _LONG_HEADER.unpack_from(data)
+        magic, info, timeline, address, _rem, system_identifier, segment_size, block_size = _LONG_HEADER.unpack_from(
+            data
+        )
         if not info & _LONG_HEADER_FLAG or not valid_segment_size(segment_size) or magic >> 8 != 0xD1:
             raise PitrError("its first page is not the beginning of a WAL segment")
         self.magic = magic

@@ -4,9 +4,9 @@
 
 """Finding commits and restore points in the archived WAL with pg_waldump, a few segments at a time.
 
-pg_waldump wants plain segment files in one directory. A window of segments is unpacked, read, and removed again, so that
-disk and memory stay flat however long the archive is. Windows overlap by one segment, because a record may begin in one
-segment and end in the next.
+pg_waldump wants plain segment files in one directory. A window of segments is unpacked, read, and removed again, so
+that disk and memory stay flat however long the archive is. Windows overlap by one segment, because a record may begin
+in one segment and end in the next.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ module: archive_info
 short_description: Show timelines, ranges and gaps of a WAL archive
 version_added: 0.1.0
 description:
-  - Walks the archive of a cluster and tells which WAL it holds, what is missing in between, and how old its newest segment is.
+  - Walks the archive of a cluster and tells which WAL it holds, what is missing in between, and how old its newest
+    segment is.
   - With O(bin_dir) also when the last transaction in it ended, which is the latest time that can be restored.
 extends_documentation_fragment:
   - pgdrill.pitr.repository

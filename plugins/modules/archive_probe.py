@@ -11,7 +11,8 @@ module: archive_probe
 short_description: Prove that archiving works end to end
 version_added: 0.1.0
 description:
-  - Writes a record, switches WAL, and waits until that very segment lies in the repository. Where the server's own file can be read, the content is compared byte by byte.
+  - Writes a record, switches WAL, and waits until that very segment lies in the repository. Where the server's own
+    file can be read, the content is compared byte by byte.
   - Fails with the archiver's last failure when nothing arrives.
 extends_documentation_fragment:
   - pgdrill.pitr.login
@@ -80,7 +81,11 @@ finished_at:
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import login_argument_spec, repository_argument_spec, run_module
+from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
+    login_argument_spec,
+    repository_argument_spec,
+    run_module,
+)
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.probe import Probe
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder

@@ -11,7 +11,8 @@ module: backup_info
 short_description: List base backups and what can be restored from them
 version_added: 0.1.0
 description:
-  - Lists the complete backups of a cluster and the recovery window of each, the span of points that backup and archive can restore.
+  - Lists the complete backups of a cluster and the recovery window of each, the span of points that backup and
+    archive can restore.
 extends_documentation_fragment:
   - pgdrill.pitr.repository
   - pgdrill.pitr.attributes

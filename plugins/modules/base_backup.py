@@ -12,7 +12,8 @@ short_description: Take a base backup into a repository
 version_added: 0.1.0
 description:
   - Takes a full base backup over the replication protocol (C(pg_basebackup)) as compressed tar files.
-  - The backup becomes visible by its last atomic write, after its WAL was seen in this repository's archive. A failed or killed backup leaves nothing that looks like one.
+  - The backup becomes visible by its last atomic write, after its WAL was seen in this repository's archive. A failed
+    or killed backup leaves nothing that looks like one.
   - Runs on the repository host, or wherever the repository is mounted.
 extends_documentation_fragment:
   - pgdrill.pitr.login
@@ -61,7 +62,8 @@ options:
     default: ''
   verify:
     description:
-      - Read the backup back before it becomes visible. From PostgreSQL 18 every file is compared with the manifest's checksum, before that with its size.
+      - Read the backup back before it becomes visible. From PostgreSQL 18 every file is compared with the manifest's
+        checksum, before that with its size.
     type: bool
     default: true
   archive_timeout:
@@ -127,7 +129,11 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import BaseBackup, stored_backups
-from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import login_argument_spec, repository_argument_spec, run_module
+from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
+    login_argument_spec,
+    repository_argument_spec,
+    run_module,
+)
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 

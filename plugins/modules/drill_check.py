@@ -11,7 +11,8 @@ module: drill_check
 short_description: Read the status row of a restored cluster and run pg_amcheck on it
 version_added: 0.1.0
 description:
-  - Reads what M(pgdrill.pitr.drill_load) wrote and checks every heap and index (C(pg_amcheck --heapallindexed)) in every database.
+  - Reads what M(pgdrill.pitr.drill_load) wrote and checks every heap and index (C(pg_amcheck --heapallindexed)) in
+    every database.
   - Only collects; the verdict is made by M(pgdrill.pitr.drill_report).
 extends_documentation_fragment:
   - pgdrill.pitr.login

@@ -11,7 +11,8 @@ module: drill_load
 short_description: Make the load of a drill, with a mark for every recovery target
 version_added: 0.1.0
 description:
-  - Makes a database of its own, loads it with C(pgbench), and rewrites one status row around each recovery target while pgbench is running.
+  - Makes a database of its own, loads it with C(pgbench), and rewrites one status row around each recovery target
+    while pgbench is running.
   - A database of that name that was not made by a drill is never touched.
 extends_documentation_fragment:
   - pgdrill.pitr.login

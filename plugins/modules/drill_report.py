@@ -12,7 +12,8 @@ short_description: Write the evidence of a drill and give the verdict
 version_added: 0.1.0
 description:
   - Turns the results of a drill's tasks into C(evidence.json) and a summary on the terminal.
-  - The verdict is V(passed) only when every scenario that was asked for is there and every proof of it is. What was not measured counts as failed, by name.
+  - The verdict is V(passed) only when every scenario that was asked for is there and every proof of it is. What was
+    not measured counts as failed, by name.
   - Runs on the controller, whatever host the task is for.
   - The task itself does not fail by a failed verdict, so that what comes after it can tidy up; assert on RV(verdict).
 extends_documentation_fragment:

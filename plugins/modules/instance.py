@@ -31,7 +31,8 @@ options:
     required: true
   state:
     description:
-      - V(status) only looks. V(present) runs initdb when the directory is no cluster yet. V(started) and V(stopped) start and stop, V(restarted) does both.
+      - V(status) only looks. V(present) runs initdb when the directory is no cluster yet. V(started) and V(stopped)
+        start and stop, V(restarted) does both.
       - V(killed) sends SIGKILL to the server, as a crash would.
     type: str
     choices: [status, present, started, stopped, restarted, killed]
@@ -54,7 +55,8 @@ options:
     type: path
   wait:
     description:
-      - Wait until a started server accepts connections. V(false) returns when it owns the directory, for recoveries that may take hours; see M(pgdrill.pitr.recovery).
+      - Wait until a started server accepts connections. V(false) returns when it owns the directory, for recoveries
+        that may take hours; see M(pgdrill.pitr.recovery).
     type: bool
     default: true
   timeout:

@@ -11,7 +11,8 @@ module: recovery
 short_description: Wait for a recovery to reach its target, resume, promote, accept
 version_added: 0.1.0
 description:
-  - Waits for a restored server until it has reached its recovery target, and compares where PostgreSQL says that it stopped with what was asked for.
+  - Waits for a restored server until it has reached its recovery target, and compares where PostgreSQL says that it
+    stopped with what was asked for.
   - While it waits, the controller shows the progress.
   - A server that dies, ends recovery early, or stops elsewhere fails the task, with the last lines of its log.
 extends_documentation_fragment:
@@ -37,9 +38,11 @@ options:
     type: path
   state:
     description:
-      - V(reached) waits until the target is reached (and, as the restore's action says, the server is promoted, paused or shut down there).
+      - V(reached) waits until the target is reached (and, as the restore's action says, the server is promoted,
+        paused or shut down there).
       - V(resumed) lets a paused recovery go on. V(promoted) ends recovery if it is still under way.
-      - V(accepted) makes the recovered cluster an ordinary one. It removes the recovery settings, and WAL that was held back is archived from then on.
+      - V(accepted) makes the recovered cluster an ordinary one. It removes the recovery settings, and WAL that was
+        held back is archived from then on.
     type: str
     choices: [reached, resumed, promoted, accepted]
     default: reached
@@ -144,7 +147,11 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     """Do one step."""
     params = module.params
     recovery = Recovery(
-        Login.from_params(params), params["pgdata"], params["bin_dir"], params["config_dir"] or "", params["log_file"] or ""
+        Login.from_params(params),
+        params["pgdata"],
+        params["bin_dir"],
+        params["config_dir"] or "",
+        params["log_file"] or "",
     )
     state = params["state"]
     if state == "reached":

@@ -11,7 +11,8 @@ module: recovery_info
 short_description: Show how far a running recovery is
 version_added: 0.1.0
 description:
-  - Tells whether a server is recovering, how much of the planned WAL is replayed, and about how long it will still take.
+  - Tells whether a server is recovering, how much of the planned WAL is replayed, and about how long it will still
+    take.
   - Also before the server accepts connections.
 extends_documentation_fragment:
   - pgdrill.pitr.login

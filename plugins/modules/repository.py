@@ -11,7 +11,8 @@ module: repository
 short_description: Create or validate a cluster folder in a repository
 version_added: 0.1.0
 description:
-  - Makes a directory a repository, creates the folder of one cluster in it, and binds that folder to the cluster's system identifier.
+  - Makes a directory a repository, creates the folder of one cluster in it, and binds that folder to the cluster's
+    system identifier.
   - A folder that is bound to another cluster is refused and left as it is; two clusters never share an archive.
 extends_documentation_fragment:
   - pgdrill.pitr.repository

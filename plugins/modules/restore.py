@@ -11,9 +11,12 @@ module: restore
 short_description: Plan and perform a restore with a recovery target
 version_added: 0.1.0
 description:
-  - Chooses the backup, checks the archive, the host and the data directory, and restores; then M(pgdrill.pitr.instance) or the service starts the server, and M(pgdrill.pitr.recovery) waits for the target.
-  - Every refusal that can be known is given before anything is touched. In check mode the plan is made and nothing else.
-  - A data directory in the way is never removed; with O(force) it is moved aside, and only when it is this cluster's own and no server is running on it.
+  - Chooses the backup, checks the archive, the host and the data directory, and restores; then
+    M(pgdrill.pitr.instance) or the service starts the server, and M(pgdrill.pitr.recovery) waits for the target.
+  - Every refusal that can be known is given before anything is touched. In check mode the plan is made and nothing
+    else.
+  - A data directory in the way is never removed; with O(force) it is moved aside, and only when it is this cluster's
+    own and no server is running on it.
   - Run it as the user that owns the data directory.
 extends_documentation_fragment:
   - pgdrill.pitr.repository
@@ -32,7 +35,8 @@ options:
   state:
     description:
       - V(present) restores.
-      - V(undone) puts the directory O(moved_aside) back in place of a restored cluster that was not accepted. The latter is kept under another name, or removed with O(keep_unaccepted=false).
+      - V(undone) puts the directory O(moved_aside) back in place of a restored cluster that was not accepted. The
+        latter is kept under another name, or removed with O(keep_unaccepted=false).
     type: str
     choices: [present, undone]
     default: present
@@ -47,7 +51,8 @@ options:
     type: path
   backup:
     description:
-      - Label of the backup to begin with. V(auto) is the newest one that ended before the target, V(latest) the newest one or none.
+      - Label of the backup to begin with. V(auto) is the newest one that ended before the target, V(latest) the
+        newest one or none.
     type: str
     default: auto
   recovery_target_time:
@@ -60,7 +65,8 @@ options:
     type: str
   recovery_target_lsn:
     description:
-      - Restore up to this position of the WAL. With O(recovery_target_inclusive=false) exactly what had been written there.
+      - Restore up to this position of the WAL. With O(recovery_target_inclusive=false) exactly what had been written
+        there.
     type: str
   recovery_target_name:
     description:
@@ -95,7 +101,9 @@ options:
     default: {}
   archive_after:
     description:
-      - What the restored cluster does with WAL of its own. V(none-until-promoted) keeps it until M(pgdrill.pitr.recovery) accepts the cluster, V(off) archives nothing, V(same) archives into the same archive at once.
+      - What the restored cluster does with WAL of its own. V(none-until-promoted) keeps it until
+        M(pgdrill.pitr.recovery) accepts the cluster, V(off) archives nothing, V(same) archives into the same archive
+        at once.
     type: str
     choices: ['off', same, none-until-promoted]
     default: none-until-promoted
@@ -111,7 +119,8 @@ options:
     default: false
   keep_unaccepted:
     description:
-      - Whether a restored cluster that was never accepted is moved aside like any other, or removed when it is in the way.
+      - Whether a restored cluster that was never accepted is moved aside like any other, or removed when it is in the
+        way.
     type: bool
     default: true
   moved_aside:
@@ -256,7 +265,12 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         return {"changed": True, "moved_aside": kept}
     restore = Restore(request)
     plan = restore.plan()
-    result: dict[str, Any] = {"changed": True, "plan": plan.to_dict(), "backup": plan.backup.label, "timeline": plan.timeline}
+    result: dict[str, Any] = {
+        "changed": True,
+        "plan": plan.to_dict(),
+        "backup": plan.backup.label,
+        "timeline": plan.timeline,
+    }
     result["moved_aside"] = ""
     if not module.check_mode:
         done = restore.execute(plan)

@@ -11,7 +11,8 @@ module: restore_point
 short_description: Create a named restore point that is archived before the task returns
 version_added: 0.1.0
 description:
-  - Creates a restore point, switches WAL and waits until the segment that holds it lies in the repository, so that it can be restored to from then on.
+  - Creates a restore point, switches WAL and waits until the segment that holds it lies in the repository, so that it
+    can be restored to from then on.
 extends_documentation_fragment:
   - pgdrill.pitr.login
   - pgdrill.pitr.repository
@@ -28,7 +29,8 @@ attributes:
 options:
   name:
     description:
-      - Name of the restore point, at most 63 bytes. A name may exist more than once; recovery stops at the first one after the backup.
+      - Name of the restore point, at most 63 bytes. A name may exist more than once; recovery stops at the first one
+        after the backup.
     type: str
     required: true
   timeout:
@@ -80,7 +82,11 @@ finished_at:
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import login_argument_spec, repository_argument_spec, run_module
+from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
+    login_argument_spec,
+    repository_argument_spec,
+    run_module,
+)
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.probe import Probe

@@ -11,7 +11,8 @@ module: settings
 short_description: Keep settings of a server in one include file
 version_added: 0.1.0
 description:
-  - Writes settings to a file below C(conf.d) of the configuration directory, makes postgresql.conf read that directory, and reloads a running server.
+  - Writes settings to a file below C(conf.d) of the configuration directory, makes postgresql.conf read that
+    directory, and reloads a running server.
   - Tells which settings wait for a restart, so that a server is restarted only when one does.
 extends_documentation_fragment:
   - pgdrill.pitr.login

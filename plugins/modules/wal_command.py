@@ -12,7 +12,8 @@ short_description: Install the command pitr-wal that PostgreSQL calls
 version_added: 0.1.0
 description:
   - Installs C(pitr-wal) on a database host, which is what C(archive_command) and C(restore_command) run.
-  - It is part of this collection as a plain directory beside a tiny launcher, and needs nothing but a Python 3.9 or later.
+  - It is part of this collection as a plain directory beside a tiny launcher, and needs nothing but a Python 3.9 or
+    later.
 extends_documentation_fragment:
   - pgdrill.pitr.repository
   - pgdrill.pitr.attributes
@@ -26,12 +27,14 @@ attributes:
 options:
   directory:
     description:
-      - Directory to install into. Its owner should be root or the user that installs; PostgreSQL's user only has to read it.
+      - Directory to install into. Its owner should be root or the user that installs; PostgreSQL's user only has to
+        read it.
     type: path
     required: true
   compression:
     description:
-      - How segments are stored, V(none), V(gzip), V(lz4) or V(zstd) with an optional C(:level); V(auto) is zstd where the command exists, else gzip.
+      - How segments are stored, V(none), V(gzip), V(lz4) or V(zstd) with an optional C(:level); V(auto) is zstd where
+        the command exists, else gzip.
     type: str
     default: auto
   python:

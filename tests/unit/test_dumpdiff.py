@@ -42,7 +42,7 @@ def told(comparison: Comparison) -> list[tuple[str, str, str]]:
 
 
 def setval(value: int, called: str, name: str = "s") -> bytes:
-    return f"SELECT pg_catalog.setval('\"public\".\"{name}\"', {value}, {called});".encode()
+    return f'SELECT pg_catalog.setval(\'"public"."{name}"\', {value}, {called});'.encode()
 
 
 def test_the_same_dump_is_identical() -> None:
@@ -57,8 +57,8 @@ def test_the_same_dump_is_identical() -> None:
         (b"5\t\\N\n", b"5\t\n", ("d1", "changed", "TABLE DATA public.t")),
         (b"6\tx\\n\\\\.\\ny\n", b"", ("d1", "changed", "TABLE DATA public.t")),
         (b"c2VydmVy", b"b3RoZXI=", (CLUSTER, "changed", "ROLE ATTRIBUTES app")),
-        (b'"work_mem" TO \'8MB\'', b'"work_mem" TO \'7MB\'', (CLUSTER, "changed", "ROLE SETTING app work_mem")),
-        (b'"work_mem" TO \'9MB\'', b'"work_mem" TO \'7MB\'', ("d1", "changed", "DATABASE PROPERTIES d1")),
+        (b"\"work_mem\" TO '8MB'", b"\"work_mem\" TO '7MB'", (CLUSTER, "changed", "ROLE SETTING app work_mem")),
+        (b"\"work_mem\" TO '9MB'", b"\"work_mem\" TO '7MB'", ("d1", "changed", "DATABASE PROPERTIES d1")),
         (b'"shared_buffers" "128MB"', b'"shared_buffers" "1GB"', (CLUSTER, "changed", "SETTING shared_buffers")),
         (b'-- SETTING "max_wal_size" "1GB"\n', b"", (CLUSTER, "missing", "SETTING max_wal_size")),
         (
@@ -205,7 +205,10 @@ def test_what_only_looks_like_a_sequence_is_not_explained() -> None:
 
 # --- unlogged relations ----------------------------------------------------------------------------------------------
 
-UNLOGGED_ROWS = (b'COPY "public"."u" ("id", "v") FROM stdin;\n1\t1\n2\t2\n', b'COPY "public"."u" ("id", "v") FROM stdin;\n')
+UNLOGGED_ROWS = (
+    b'COPY "public"."u" ("id", "v") FROM stdin;\n1\t1\n2\t2\n',
+    b'COPY "public"."u" ("id", "v") FROM stdin;\n',
+)
 
 
 def test_an_unlogged_table_may_be_empty_after_a_restore() -> None:
@@ -233,7 +236,9 @@ def test_an_empty_table_that_is_logged_in_the_truth_is_a_difference() -> None:
 
 def test_an_unlogged_table_of_another_database_explains_nothing() -> None:
     logged = changed((b'CREATE UNLOGGED TABLE "public"."u"', b'CREATE TABLE "public"."u"'))
-    elsewhere = b"--\n-- Name: u; Type: TABLE; Schema: public; Owner: o\n--\n\nCREATE UNLOGGED TABLE \"public\".\"u\" (\n);\n\n\n"
+    elsewhere = (
+        b'--\n-- Name: u; Type: TABLE; Schema: public; Owner: o\n--\n\nCREATE UNLOGGED TABLE "public"."u" (\n);\n\n\n'
+    )
     end = b'--\n-- PostgreSQL database dump complete\n--\n\n\\unrestrict 0\n\n--\n-- Database "we ird " db" dump'
     truth = changed((end, elsewhere + end), dump=logged)
     assert told(compared(changed(UNLOGGED_ROWS, dump=truth), truth)) == [("d1", "changed", "TABLE DATA public.u")]

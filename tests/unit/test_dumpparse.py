@@ -37,7 +37,11 @@ def with_body(body: bytes) -> bytes:
     """A whole dump of one database with these objects."""
     return (
         b"--\n-- PostgreSQL database cluster dump\n--\n\n"
-        b'--\n-- Database "d" dump\n--\n\n--\n-- PostgreSQL database dump\n--\n\n' + body + b"\n--\n" + COMPLETE + b"--\n\n"
+        b'--\n-- Database "d" dump\n--\n\n--\n-- PostgreSQL database dump\n--\n\n'
+        + body
+        + b"\n--\n"
+        + COMPLETE
+        + b"--\n\n"
     )
 
 
@@ -119,7 +123,9 @@ def test_facts_that_the_comparison_needs(dump: bytes) -> None:
     assert facts["SEQUENCE public.s"] == SequenceDefinition('"public"."s"', 1, 5, False, "")
     assert facts["SEQUENCE public.sd"] == SequenceDefinition('"public"."sd"', 900, -3, False, "")
     assert facts["SEQUENCE public.u_id_seq"] == SequenceDefinition('"public"."u_id_seq"', 1, 1, True, "")
-    assert facts["SEQUENCE public.uid_i_seq"] == SequenceDefinition('"public"."uid_i_seq"', 1, 1, None, '"public"."uid"')
+    assert facts["SEQUENCE public.uid_i_seq"] == SequenceDefinition(
+        '"public"."uid_i_seq"', 1, 1, None, '"public"."uid"'
+    )
     position = facts["SEQUENCE SET public.sd"]
     assert isinstance(position, SequencePosition)
     assert (position.relation, position.value, position.called) == ('"public"."sd"', 900, True)
@@ -163,7 +169,9 @@ def test_the_index_does_not_depend_on_the_size_of_the_pieces(dump: bytes, size: 
 
 
 # Rows as COPY writes them: a backslash is doubled, a line feed is \n, NULL is \N.
-cells = st.one_of(st.just(b"\\N"), st.sampled_from([b"", b"\\\\.", b"\\\\N", b"\\n\\\\.\\n", b"--", b"COPY x FROM stdin;"]))
+cells = st.one_of(
+    st.just(b"\\N"), st.sampled_from([b"", b"\\\\.", b"\\\\N", b"\\n\\\\.\\n", b"--", b"COPY x FROM stdin;"])
+)
 rows = st.lists(st.lists(cells, min_size=1, max_size=3).map(b"\t".join), max_size=8)
 
 
@@ -240,7 +248,7 @@ def test_where_a_dump_was_taken_does_not_count() -> None:
         b"$_X$ $$ ' $_$ \n--\n-- Name: fake; Type: T; Schema: s; Owner: o\n--\n$_X$",
         b'"odd\n--\n-- Name: fake; Type: T; Schema: s; Owner: o\n--\n"""',
         b"\"a$$b\" a$b$c $1 'x'",
-        b"'\nCOPY \"s\".\"t\" (\"a\") FROM stdin;\n1\n'",
+        b'\'\nCOPY "s"."t" ("a") FROM stdin;\n1\n\'',
         b"U&'\\0041' B'1' X'ff'",
     ],
 )
@@ -267,11 +275,11 @@ def test_grants_of_another_grantor_stay_in_their_object() -> None:
 def test_tablespaces_are_set_between_objects() -> None:
     index = index_of([DUMP])
     frames = [DUMP[item.offset : item.offset + item.size] for item in index.objects if item.type == FRAME]
-    assert b"SET default_tablespace = \"ts\";\n\n" in frames
+    assert b'SET default_tablespace = "ts";\n\n' in frames
 
 
 def test_very_long_lines_are_not_copied_again_and_again() -> None:
-    line = b"COMMENT ON TABLE \"t\" IS '" + b"x" * 20_000_000 + b"';"
+    line = b'COMMENT ON TABLE "t" IS \'' + b"x" * 20_000_000 + b"';"
     dump = with_body(toc("t", "COMMENT", line))
     indexer = Indexer()
     for at in range(0, len(dump), 65536):
@@ -284,10 +292,10 @@ def test_very_long_lines_are_not_copied_again_and_again() -> None:
     [
         (b'CREATE ROLE "a ""b""";\n', ("ROLE", 'a "b"')),
         (b"ALTER ROLE \"a\" WITH LOGIN PASSWORD 'x';\n", ("ROLE ATTRIBUTES", "a")),
-        (b"ALTER ROLE \"a\" SET \"work_mem\" TO '1MB';\n", ("ROLE SETTING", "a work_mem")),
-        (b'COMMENT ON ROLE "a" IS \'secret\';\n', ("COMMENT ON ROLE", "a")),
+        (b'ALTER ROLE "a" SET "work_mem" TO \'1MB\';\n', ("ROLE SETTING", "a work_mem")),
+        (b"COMMENT ON ROLE \"a\" IS 'secret';\n", ("COMMENT ON ROLE", "a")),
         (b'GRANT "a" TO "b" GRANTED BY "c";\n', ("GRANT", '"a" TO "b" GRANTED BY "c"')),
-        (b"CREATE TABLESPACE \"t\" OWNER \"o\" LOCATION '/x';\n", ("CREATE TABLESPACE", "t")),
+        (b'CREATE TABLESPACE "t" OWNER "o" LOCATION \'/x\';\n', ("CREATE TABLESPACE", "t")),
         (b"SELECT something('x');\n", ("STATEMENT", "SELECT something('x');")),
     ],
 )

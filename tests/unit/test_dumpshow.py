@@ -16,7 +16,12 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils import dumpshow
 from ansible_collections.pgdrill.pitr.plugins.module_utils.dumpdiff import compare
 from ansible_collections.pgdrill.pitr.plugins.module_utils.dumpindex import CLUSTER, DumpObject
 from ansible_collections.pgdrill.pitr.plugins.module_utils.dumpparse import index_of
-from ansible_collections.pgdrill.pitr.plugins.module_utils.dumpshow import Difference, first_difference, illustrate, show
+from ansible_collections.pgdrill.pitr.plugins.module_utils.dumpshow import (
+    Difference,
+    first_difference,
+    illustrate,
+    show,
+)
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,7 +84,11 @@ def test_a_whole_database_has_no_text() -> None:
     start = TRUTH.index(b'--\n-- Database "d1" dump\n')
     restored = TRUTH[:start] + TRUTH[TRUTH.index(b'--\n-- Database "postgres" dump\n') :]
     (missing,) = illustrated(restored)
-    assert (missing.object, missing.truth, missing.line) == ("DATABASE d1", "", line_number(TRUTH, b'-- Database "d1"') - 1)
+    assert (missing.object, missing.truth, missing.line) == (
+        "DATABASE d1",
+        "",
+        line_number(TRUTH, b'-- Database "d1"') - 1,
+    )
 
 
 def test_a_password_is_shown_to_differ_and_nothing_more() -> None:
@@ -92,7 +101,9 @@ def test_a_password_is_shown_to_differ_and_nothing_more() -> None:
 
 def test_the_text_between_objects_is_shown_without_its_noise() -> None:
     truth = TRUTH.replace(b"Dumped from database version 18.6", b"Dumped from database version 18.5")
-    restored = TRUTH.replace(b'\\connect "d1"\n\\restrict 0\n\nSET statement_timeout = 0', b'\\connect "d1"\n\nSET statement_timeout = 1')
+    restored = TRUTH.replace(
+        b'\\connect "d1"\n\\restrict 0\n\nSET statement_timeout = 0', b'\\connect "d1"\n\nSET statement_timeout = 1'
+    )
     differences = illustrated(restored, truth)
     assert [difference.object for difference in differences] == ['text before COMMENT DATABASE "d1"']
     assert differences[0].truth == "SET statement_timeout = 0;"
@@ -140,7 +151,9 @@ def test_the_first_difference_is_the_one_of_a_simple_reader(left: bytes, right: 
     if left == right:
         assert found is None
         return
-    number = next((n for n, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), min(len(ours), len(theirs)) - 1)
+    number = next(
+        (n for n, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), min(len(ours), len(theirs)) - 1
+    )
     assert found is not None
     if ours[number] == theirs[number]:  # one text ends here, the other goes on with a line feed
         assert found[0] == number and found[2] == found[3]
@@ -194,7 +207,7 @@ def test_bytes_of_another_encoding_stay_distinguishable() -> None:
     "line",
     [
         b"ALTER ROLE \"a\" WITH LOGIN PASSWORD 'geh''eim' VALID UNTIL 'infinity';",
-        b"ALTER ROLE \"a\" WITH LOGIN password 'geheim",
+        b'ALTER ROLE "a" WITH LOGIN password \'geheim',
         b"-- Name: f\n SELECT dblink('host=a password=geheim user=b')",
         b" SELECT dblink('host=a password=''geheim'' user=b')",
         b'CREATE VIEW "v" AS SELECT 1 AS "password" \'geheim\'',

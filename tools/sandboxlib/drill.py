@@ -31,7 +31,7 @@ def environment(layout: Layout) -> dict[str, str]:
     env["ANSIBLE_CONFIG"] = str(layout.checkout / "ansible.cfg")
     env["ANSIBLE_COLLECTIONS_PATH"] = str(layout.collections)
     env["ANSIBLE_HOME"] = str(layout.root / "ansible")
-    env["ANSIBLE_REMOTE_TMP"] = str(layout.ansible_tmp)
+    env["ANSIBLE_REMOTE_TMP"] = env["ANSIBLE_SYSTEM_TMPDIRS"] = str(layout.ansible_tmp)
     env["ANSIBLE_ASYNC_DIR"] = str(layout.ansible_tmp / "async")
     # PGHOST, PGUSER, PGOPTIONS … of the user's shell would lead every tool to another server.
     for name in [name for name in env if name.startswith("PG") and not name.startswith("PGDRILL_")]:
@@ -77,9 +77,12 @@ def drill(layout: Layout, major: int, arguments: Sequence[str]) -> int:
 
 def run_playbooks(layout: Layout, major: int, commands: Sequence[Sequence[str]], cwd: Path, env: dict[str, str]) -> int:
     """Run commands one after the other on fresh sandbox hosts until one fails; returns the exit code of the last."""
+    # What an interrupted module leaves behind in its TMPDIR goes with the rest.
+    env = {**env, "TMPDIR": str(layout.ansible_tmp)}
     with lock(layout, "drill", f"another drill is running in {layout.root}; wait for it to end"):
         reset(layout, major)
         config.write(layout, major, servers_are_down=True)
+        shutil.rmtree(layout.ansible_tmp, ignore_errors=True)
         make_private(layout.ansible_tmp, layout.account)
         run_dir = layout.run_dir(major)
         code = 1
@@ -92,6 +95,8 @@ def run_playbooks(layout: Layout, major: int, commands: Sequence[Sequence[str]],
         except Interrupted as interruption:
             problem(f"{interruption}; the servers are stopped")
             return interruption.code
+        finally:
+            shutil.rmtree(layout.ansible_tmp, ignore_errors=True)
         if code != 0:
             (run_dir / _FAILED_MARK).touch()
             problem(f"failed (exit {code}); the servers are stopped, their files are in {run_dir}")
