@@ -232,8 +232,8 @@ class Indexer:
         if line == b"\n":
             if self._database == CLUSTER and self._type != FRAME:
                 self._start(buffer, position, FRAME)
-            if self._type == FRAME:
-                self._skip(buffer, position, end)
+            # pg_dump writes one or two of them behind an object, depending on what comes next.
+            self._skip(buffer, position, end)
             return True
         if line.startswith(b"--"):
             return self._comment(buffer, position, end, line)
@@ -323,7 +323,7 @@ class Indexer:
 
 
 def is_noise(line: bytes) -> bool:
-    """Lines of a frame that are no content: the random keys of psql's restricted mode, minor releases, blank lines."""
+    """Lines between statements that are no content: psql's restricted mode, minor releases, blank lines."""
     return line in (b"", b"\n") or line.startswith((b"\\restrict ", b"\\unrestrict ", b"-- META ", b"-- Dumped "))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections.abc import Callable
 
 from .backup import MANIFEST, open_tar, sha256
 from .catalog import Backup, Tablespace
@@ -29,8 +30,11 @@ def _safe(root: str, name: str, where: str) -> str:
     return os.path.join(root, *[part for part in parts if part not in ("", ".")])
 
 
-def extract_tar(path: str, root: str) -> None:
-    """Unpack one stored tar below ``root``. Existing files are never overwritten. Raises PitrError or OSError."""
+def extract_tar(path: str, root: str, progress: Callable[[int], None]) -> None:
+    """Unpack one stored tar below ``root``, calling ``progress`` with the bytes of every file.
+
+    Existing files are never overwritten. Raises PitrError or OSError.
+    """
     with open_tar(path) as tar:
         for member in tar:
             name = HELD_BACK if member.name.lstrip("./") == PG_CONTROL else member.name
@@ -40,6 +44,7 @@ def extract_tar(path: str, root: str) -> None:
                 os.chmod(target, member.mode & 0o777)
             elif member.isfile():
                 _write(tar, member, target)
+                progress(member.size)
             else:
                 raise PitrError(f"{path} is damaged: '{member.name}' is neither a file nor a directory.")
 
@@ -62,20 +67,22 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: str) -> None:
         os.close(descriptor)
 
 
-def extract(backup: Backup, folder: str, pgdata: str, locations: dict[int, str]) -> None:
+def extract(
+    backup: Backup, folder: str, pgdata: str, locations: dict[int, str], progress: Callable[[int], None]
+) -> None:
     """Unpack a full backup. ``locations`` maps tablespace OIDs to the directories they go to, which must be empty.
 
     Afterwards the directory is complete but for pg_control, which lies under :data:`HELD_BACK`.
     """
     base = [file.name for file in backup.files if file.name.startswith("base.tar")]
-    extract_tar(os.path.join(folder, base[0]), pgdata)
+    extract_tar(os.path.join(folder, base[0]), pgdata, progress)
     for tablespace in backup.tablespaces:
         location = locations[tablespace.oid]
         os.makedirs(location, mode=0o700, exist_ok=True)
         stored = [file.name for file in backup.files if file.name.startswith(f"{tablespace.oid}.tar")]
         if not stored:
             raise PitrError(f"The backup {backup.label} has no file for the tablespace {tablespace.oid}.")
-        extract_tar(os.path.join(folder, stored[0]), location)
+        extract_tar(os.path.join(folder, stored[0]), location, progress)
         os.symlink(location, os.path.join(pgdata, "pg_tblspc", str(tablespace.oid)))
 
 

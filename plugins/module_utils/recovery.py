@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import re
 import time
@@ -124,7 +125,7 @@ def replayed_segment(postmaster: int) -> str:
 class Progress:
     """How far a recovery is. ``percent`` of the planned WAL; ``remaining_seconds`` is an estimate, None when unknown.
 
-    ``state`` is starting, replaying, paused, promoted or stopped.
+    ``state`` is restoring, starting, replaying, paused, promoted or stopped.
     """
 
     state: str
@@ -142,7 +143,7 @@ class Progress:
         if self.lsn:
             text += f" {self.lsn}"
         if self.percent is not None:
-            text += f" of {self.end_lsn} ({self.percent:.0f} %)"
+            text += f" of {self.end_lsn} ({self.percent:.0f} %)" if self.end_lsn else f" {self.percent:.0f} %"
         if self.remaining_seconds is not None:
             text += f", about {self.remaining_seconds:.0f} s left"
         return text
@@ -170,7 +171,7 @@ class Recovery:
         """One look, which never fails for a server that is not there yet."""
         pid = running_pid(self._pgdata)
         if pid is None:
-            return Progress("stopped")
+            return self._restoring() or Progress("stopped")
         lsn, state = "", "starting"
         with contextlib.suppress(PitrError), contextlib.closing(self._login.connect()) as connection:
             row = query(
@@ -189,6 +190,16 @@ class Recovery:
                 size = control_data(self._bin_dir, self._pgdata).wal_segment_size
                 lsn = str(Lsn(WalFile.parse(segment).number(size) * size))
         return self._estimate(state, lsn, planned)
+
+    def _restoring(self) -> Progress | None:
+        """How much of a base backup a running restore has unpacked."""
+        try:
+            with open(os.path.join(self._pgdata, "pitr-restoring.json"), encoding="utf-8") as stream:
+                marker = json.load(stream)
+            done, total = int(marker["bytes"]), int(marker["total_bytes"])
+        except (OSError, ValueError, KeyError):
+            return None
+        return Progress("restoring", percent=round(100 * done / total, 1) if total else None)
 
     def _estimate(self, state: str, lsn: str, planned: Mapping[str, Any]) -> Progress:
         if state not in ("replaying", "paused") or not lsn or "end_lsn" not in planned:

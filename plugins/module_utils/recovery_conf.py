@@ -61,7 +61,10 @@ def ensure_include_dir(config_dir: str) -> bool:
 def write(config_dir: str, pgdata: str, settings: Mapping[str, str], plan: Mapping[str, Any]) -> None:
     """Write the include file, neutralise postgresql.auto.conf, and leave exactly one signal file, recovery.signal."""
     ensure_include_dir(config_dir)
-    saved = (_remembered(config_dir, _SAVED) or []) + _take_out(pgdata, set(settings))
+    # A second writing must not forget what the first has taken out.
+    by_name = {parse_settings(line)[0][0]: line for line in _remembered(config_dir, _SAVED) or []}
+    by_name.update({parse_settings(line)[0][0]: line for line in _take_out(pgdata, set(settings))})
+    saved = list(by_name.values())
     lines = [
         "# Written by pgdrill.pitr for one recovery; pgdrill.pitr.recovery removes it when the cluster is accepted.",
         _PLAN + json.dumps(plan, sort_keys=True),
@@ -117,6 +120,12 @@ def _remembered(config_dir: str, prefix: str) -> Any:
     except ValueError as error:
         raise PitrError(f"{include_path(config_dir)} is damaged: {error}. Read it and remove it by hand.") from None
     return None
+
+
+def discard(config_dir: str) -> None:
+    """Remove the include file of a restored cluster that is gone; with it goes what was taken out of that cluster."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(include_path(config_dir))
 
 
 def finish(config_dir: str, pgdata: str) -> bool:

@@ -18,11 +18,12 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import extract, recovery_conf
 from .backup import damaged_backups, stored_backups
+from .catalog import Backup
 from .errors import PitrError
 from .index import ArchiveIndex, scan
 from .plan import (
@@ -78,6 +79,26 @@ class Result:
     seconds: float
 
 
+class _Marker:
+    """Says in the directory that it is not complete, of which cluster it is, and how much of it is there."""
+
+    def __init__(self, path: str, backup: Backup) -> None:
+        self._path = path
+        self._facts = {"format": 1, "system_identifier": backup.system_identifier, "backup": backup.label}
+        self._total = backup.database_bytes
+        self._done = 0
+        self._written_at = 0.0
+        self.add(0)
+
+    def add(self, count: int) -> None:
+        """Count bytes; write the sum down once a second."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._written_at >= 1 or not count:
+            write_json(self._path, {**self._facts, "bytes": self._done, "total_bytes": self._total})
+            self._written_at = now
+
+
 class Restore:
     """One restore of one cluster into one data directory."""
 
@@ -107,6 +128,12 @@ class Restore:
                 self._refusals += error.refusals
         if self._refusals or result is None:
             raise RefusedError(self._refusals)
+        pg_wal = os.path.join(self._request.pgdata, "pg_wal")
+        if os.path.islink(pg_wal):
+            note = (
+                f"pg_wal is a link to {os.path.realpath(pg_wal)} now; it will be a plain directory, the old one stays"
+            )
+            result = replace(result, notes=(*result.notes, note))
         return result
 
     def _refuse(self, code: str, message: str, nearest: str = "") -> None:
@@ -254,10 +281,9 @@ class Restore:
         try:
             os.makedirs(pgdata, mode=0o700, exist_ok=True)
             os.chmod(pgdata, 0o700)
-            marker = {"system_identifier": result.backup.system_identifier, "backup": result.backup.label, "format": 1}
-            write_json(os.path.join(pgdata, IN_PROGRESS), marker)
+            progress = _Marker(os.path.join(pgdata, IN_PROGRESS), result.backup)
             stored = os.path.join(self._folder.backups_path, result.backup.label)
-            extract.extract(result.backup, stored, pgdata, locations)
+            extract.extract(result.backup, stored, pgdata, locations, progress.add)
             if self._request.verify:
                 extract.verify(result.backup, stored, pgdata, self._request.bin_dir)
             extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, locations)
@@ -294,6 +320,7 @@ class Restore:
             with contextlib.suppress(FileNotFoundError):
                 for name in os.listdir(location):
                     shutil.rmtree(os.path.join(location, name), ignore_errors=True)
+        recovery_conf.discard(self._request.configuration)
         shutil.rmtree(pgdata, ignore_errors=True)
         if moved_aside:
             os.rename(moved_aside, pgdata)
@@ -385,6 +412,8 @@ def undo(request: Request, moved_aside: str, check: bool = False) -> str:
     kept = ""
     if check:
         return kept
+    if request.config_dir:
+        recovery_conf.discard(request.config_dir)
     if in_the_way and request.keep_unaccepted:
         kept = moved_aside.replace(".old-", ".failed-") if ".old-" in moved_aside else f"{pgdata}.failed"
         os.rename(pgdata, kept)

@@ -248,7 +248,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     request = Request(
         repository=params["repository"],
         cluster=params["cluster"],
-        pgdata=os.path.abspath(params["pgdata"]),
+        pgdata=os.path.realpath(params["pgdata"]),
         bin_dir=params["bin_dir"],
         wal_command=params["wal_command"],
         target_options={name: params[name] for name in TARGET_OPTIONS},
@@ -272,6 +272,9 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         "timeline": plan.timeline,
     }
     result["moved_aside"] = ""
+    if params["_defer_above"] and plan.backup.database_bytes > params["_defer_above"]:
+        # The controller starts it again in the background, so that it can show the progress.
+        return {**result, "changed": False, "deferred": True}
     if not module.check_mode:
         done = restore.execute(plan)
         result["moved_aside"] = done.moved_aside
@@ -296,6 +299,7 @@ def main() -> None:
             "keep_unaccepted": {"type": "bool", "default": True},
             "moved_aside": {"type": "path"},
             "verify": {"type": "bool", "default": True},
+            "_defer_above": {"type": "int"},
         },
         supports_check_mode=True,
         required_if=[("state", "undone", ["moved_aside"])],

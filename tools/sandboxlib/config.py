@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import socket
 
 from .layout import Layout, make_private
@@ -36,24 +37,26 @@ def write(layout: Layout, major: int, servers_are_down: bool = False) -> None:
         "bin_dir": str(layout.bin_dir(major)),
         "postgresql_version": major,
         "port_base": _port_base(layout, major, servers_are_down),
+        # Of the role that takes backups. Kept from run to run, so that a second site.yml finds nothing to change.
+        "password": _current(layout, major, r"password: \"([0-9a-f]{32})\"") or secrets.token_hex(16),
     }
     lines = ["---", "# Written by `make setup`; read by inventories/sandbox."]
     # JSON is YAML: whatever characters the checkout's path has, they are quoted right.
     lines += [f"{name}: {json.dumps(value)}" for name, value in values.items()]
     fresh = layout.config.with_name("sandbox.yml.tmp")
     fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    fresh.chmod(0o644)
+    fresh.chmod(0o600)
     os.replace(fresh, layout.config)
 
 
 def _port_base(layout: Layout, major: int, servers_are_down: bool) -> int:
     """The first of PORTS_PER_SANDBOX neighbouring TCP ports between 20000 and 29999, free on the loopback address."""
     first = 20000 + int(layout.key.rpartition("-")[2], 16) % 1000 * PORTS_PER_SANDBOX
-    current = _current(layout, major)
+    current = _current(layout, major, r"port_base: (2\d\d\d\d)")
     if current is not None:
         if not servers_are_down:
-            return current
-        first = current
+            return int(current)
+        first = int(current)
     for offset in range(1000):
         base = 20000 + (first - 20000 + offset * PORTS_PER_SANDBOX) % 10000
         if all(_is_free(port) for port in range(base, base + PORTS_PER_SANDBOX)):
@@ -61,14 +64,14 @@ def _port_base(layout: Layout, major: int, servers_are_down: bool) -> int:
     raise SandboxError("no ten neighbouring TCP ports between 20000 and 29999 are free")
 
 
-def _current(layout: Layout, major: int) -> int | None:
-    """The ports in sandbox.yml, when it is for the same major version."""
+def _current(layout: Layout, major: int, pattern: str) -> str | None:
+    """A value in sandbox.yml, when that is for the same major version."""
     try:
         text = layout.config.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
-    base = re.search(r"^port_base: (2\d\d\d\d)$", text, re.MULTILINE)
-    return int(base[1]) if base and f"\npostgresql_version: {major}\n" in text else None
+    found = re.search(rf"^{pattern}$", text, re.MULTILINE)
+    return found[1] if found and f"\npostgresql_version: {major}\n" in text else None
 
 
 def _is_free(port: int) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .accounts import Account
+from .elf import search_in
 from .layout import Layout
 from .say import SandboxError, step
 
@@ -133,7 +134,7 @@ def _copy(layout: Layout, original: Interpreter) -> Interpreter:
     (home / "lib" / name / "site-packages").mkdir()
     for library in (original.prefix / "lib").glob("libpython*.so*"):
         shutil.copy2(library, home / "lib" / library.name, follow_symlinks=False)
-    _relocate(copy.executable, original.prefix / "lib")
+    search_in(copy.executable, built_for=original.prefix / "lib", now="$ORIGIN/../lib")
     if not copy.runs_for(layout.account):
         error = layout.account.capture([str(copy.executable), "-I", "-c", _WORKS]).stderr.strip().splitlines()
         raise SandboxError(
@@ -143,16 +144,3 @@ def _copy(layout: Layout, original: Interpreter) -> Interpreter:
         )
     mark.write_text(str(original.executable), encoding="utf-8")
     return copy
-
-
-def _relocate(executable: Path, libraries: Path) -> None:
-    """Let a copied executable look for libpython beside itself instead of in `libraries`.
-
-    The dynamic section names that directory as a NUL-terminated string (elf(5), DT_RUNPATH); a shorter one fits in its
-    place. An executable without it (a static build) stays as it is.
-    """
-    old = b"\0" + os.fsencode(libraries) + b"\0"
-    new = b"\0$ORIGIN/../lib"
-    content = executable.read_bytes()
-    if old in content and len(new) < len(old):
-        executable.write_bytes(content.replace(old, new.ljust(len(old), b"\0")))

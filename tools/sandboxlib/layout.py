@@ -28,8 +28,8 @@ from pathlib import Path
 from .accounts import Account, server_account
 from .say import SandboxError, problem, step
 
-# Ansible does not quote the path of the interpreter everywhere (asynchronous tasks), and the kernel reads only the start
-# of a script's first line. A checkout may lie in any other place; its sandbox then lies in /var/tmp.
+# Ansible does not quote the path of the interpreter everywhere (asynchronous tasks), and the kernel reads only the
+# start of a script's first line. A checkout may lie in any other place; its sandbox then lies in /var/tmp.
 _PLAIN = re.compile(r"[A-Za-z0-9/._+-]{1,80}")
 
 MAJORS = (15, 16, 17, 18)

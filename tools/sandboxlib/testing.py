@@ -17,6 +17,7 @@ from .layout import MAJORS, Layout, lock, make_private
 from .processes import Interrupted, Supervisor
 from .say import SandboxError, problem
 
+_UNIT, _INTEGRATION = "tests/unit", "tests/integration"
 _NO_TEST_RAN = 5  # pytest's exit code
 _NEVER_COPIED = (".git", ".sandbox", ".venv", "evidence", "__pycache__")
 
@@ -59,10 +60,13 @@ def _runs(
         pytest += ["-n", "2"]
     if any((checkout / argument.partition("::")[0]).exists() for argument in arguments):
         return [(major, [*pytest, *arguments]) for major in majors]
+    for name in (_UNIT, _INTEGRATION):
+        if not (checkout / name).is_dir():  # pytest with workers would say nothing of a directory that is not there
+            raise SandboxError(f"there is no directory {name} in {checkout}")
     if len(majors) == 1:
-        return [(majors[0], [*pytest, *arguments, "tests/unit", "tests/integration"])]
-    runs = [(majors[-1], [*pytest, *arguments, "tests/unit"])]
-    return runs + [(major, [*pytest, *arguments, "tests/integration"]) for major in majors]
+        return [(majors[0], [*pytest, *arguments, _UNIT, _INTEGRATION])]
+    runs = [(majors[-1], [*pytest, *arguments, _UNIT])]
+    return runs + [(major, [*pytest, *arguments, _INTEGRATION]) for major in majors]
 
 
 def _environment(layout: Layout, checkout: Path, major: int) -> dict[str, str]:
