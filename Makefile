@@ -6,7 +6,7 @@ PG ?= 18
 ARGS ?=
 export PYTHON
 # exec: a signal that ends make must reach the tool, not a shell between them.
-SANDBOX = exec "$${PYTHON:-python3}" tools/sandbox.py
+SANDBOX = exec "$$(command -v python3 || echo "$${PYTHON:-python3}")" tools/sandbox.py
 IN_VENV = $(SANDBOX) run --test --
 
 .DEFAULT_GOAL := help

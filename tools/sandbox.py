@@ -15,22 +15,22 @@ import sys
 
 OLDEST = (3, 11)
 OTHERS = ("python3.13", "python3.12", "python3.11")
-IS_NEW_ENOUGH = "import sys; sys.exit(sys.version_info < (3, 11))"
+# Not merely exit code 0, which /bin/true has as well.
+IS_NEW_ENOUGH = "import sys; sys.exit(42 if sys.version_info >= (3, 11) else 1)"
 
 
 def use_newer_python():
     # type: () -> None
     """Run the same command under a Python that can, in place of this process; without one, end with a sentence."""
     asked = os.environ.get("PYTHON")
-    if not asked:
-        for name in OTHERS:
-            found = shutil.which(name)
-            # A version manager's shim exists for versions that are not enabled, too: only running it tells.
-            if found and subprocess.call([found, "-c", IS_NEW_ENOUGH], stderr=subprocess.DEVNULL) == 0:
-                os.execv(found, [found, *sys.argv])
+    for name in (asked,) if asked else OTHERS:
+        found = shutil.which(name)
+        # A version manager's shim exists for versions that are not enabled, too: only running it tells.
+        if found and subprocess.call([found, "-c", IS_NEW_ENOUGH], stderr=subprocess.DEVNULL) == 42:
+            os.execv(found, [found, *sys.argv])
     sys.exit(
-        "sandbox: this is Python {}.{} ({}); Python 3.11, 3.12 or 3.13 is needed. Install one, or name it: "
-        "make drill PYTHON=/path/to/python3.12".format(*sys.version_info[:2], asked or sys.executable)
+        f"sandbox: Python 3.11, 3.12 or 3.13 is needed, and {asked or sys.executable} is not one. "
+        "Install one, or name it: make drill PYTHON=/path/to/python3.12"
     )
 
 

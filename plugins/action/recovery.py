@@ -39,7 +39,7 @@ class ActionModule(ActionBase):
             final = left <= length
             # The last call has no slice: it fails by itself, with the module's own words.
             arguments["timeout"] = max(1, int(left)) if final else int(timeout)
-            arguments["_slice"] = None if final else length
+            arguments["return_after"] = None if final else length
             result: dict[str, Any] = self._execute_module(module_args=arguments, task_vars=task_vars)
             first_started_at = first_started_at or result.get("started_at")
             if final or result.get("failed") or "reached" in result:

@@ -34,7 +34,7 @@ class ActionModule(ActionBase):
         arguments = dict(self._task.args)
         limit = int(os.environ.get("PGDRILL_QUIET_UP_TO", QUIET_UP_TO))
         result: dict[str, Any] = self._execute_module(
-            module_args={**arguments, "_defer_above": None if self._task.check_mode else limit}, task_vars=task_vars
+            module_args={**arguments, "defer_above": None if self._task.check_mode else limit}, task_vars=task_vars
         )
         if not result.get("deferred"):
             return result

@@ -310,7 +310,7 @@ class BaseBackup:
             started_at=started_at.astimezone(datetime.timezone.utc),
             stopped_at=stopped_at.astimezone(datetime.timezone.utc),
             database_bytes=total,
-            compression=self._zip(facts).split(":")[0].replace("server-", ""),
+            compression=self._zip(facts).partition(":")[0].replace("server-", ""),
             verified=verified,
             files=tuple(
                 StoredFile(name, os.stat(path).st_size, sha256(path))

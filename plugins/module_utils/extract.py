@@ -51,7 +51,8 @@ def extract_tar(path: str, root: str, progress: Callable[[int], None]) -> None:
 
 def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: str) -> None:
     stream = tar.extractfile(member)
-    assert stream is not None
+    if stream is None:
+        raise PitrError(f"'{member.name}' has no content.")
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, member.mode & 0o777)
     try:
         left = member.size

@@ -191,14 +191,11 @@ def candidates(backups: Sequence[Backup], tree: TimelineTree, timeline: int, cho
 
 def _ends_before(backup: Backup, target: RecoveryTarget, location: Location | None) -> bool:
     """Whether the backup is consistent before the target is reached: its stop point, not its start."""
-    if target.kind == "time":
-        assert target.time is not None
+    if target.time is not None:
         return backup.stopped_at <= target.time
-    if target.kind == "lsn":
-        assert target.lsn is not None
+    if target.lsn is not None:
         return backup.stop_lsn <= target.lsn
-    if target.kind in ("xid", "name"):
-        assert location is not None
+    if location is not None:
         return backup.stop_lsn <= location.lsn
     return True
 
@@ -260,8 +257,7 @@ def _with_wal(
     last = last_there
     if target.kind == "immediate":
         last = backup.stop_lsn.previous_segment_number(size)
-    elif target.kind == "lsn":
-        assert target.lsn is not None
+    elif target.lsn is not None:
         last = target.lsn.segment_number(size)
     elif location is not None:
         last = location.lsn.segment_number(size)
@@ -279,8 +275,7 @@ def _with_wal(
     elif last > last_there:
         message = f"The target {target} lies after the end of the archive."
         refusals.append(Refusal("target_beyond_archive", message, _window([backup], index, timeline, last_commit)))
-    elif target.kind == "time" and last_commit is not None:
-        assert target.time is not None
+    elif target.time is not None and last_commit is not None:
         # PostgreSQL stops before the first transaction that ended later; without one it refuses to promote.
         if last_commit < target.time or (target.inclusive and last_commit == target.time):
             message = f"The target {target} is not before the last transaction in the archive."

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import recovery_conf
+from . import recovery_conf, settings
 from .errors import PitrError
 from .postgres import Login, control_data, query, running_pid
 from .target import parse_time
@@ -314,12 +314,7 @@ class Recovery:
         """
         if not recovery_conf.finish(self._config_dir, self._pgdata):
             return False, []
-        with contextlib.closing(self._login.connect()) as connection:
-            query(connection, "SELECT pg_reload_conf()")
-            # The postmaster reads the files when it gets to the signal; a backend sees the result a moment later.
-            time.sleep(0.2)
-            rows = query(connection, "SELECT name FROM pg_settings WHERE pending_restart ORDER BY name")
-        return True, [row[0] for row in rows]
+        return True, settings.apply(self._login, reload=True)
 
 
 def _utc(value: datetime.datetime | None) -> str:

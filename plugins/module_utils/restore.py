@@ -219,12 +219,10 @@ class Restore:
                 record = scanner.last_transaction(spans, last)
                 return None, record.time if record else backup.stopped_at
             end = last if until is None else min(last, until)
-            if target.kind == "xid":
-                assert target.xid is not None
+            if target.xid is not None:
                 found = scanner.find_xid(spans, end, target.xid)
             else:
-                assert target.name is not None
-                found = scanner.find_name(spans, end, target.name)
+                found = scanner.find_name(spans, end, target.name or "")
             if found is not None:
                 return found, None
             until = backup.stop_lsn.segment_number(index.segment_size)

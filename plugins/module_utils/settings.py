@@ -57,8 +57,8 @@ def apply(login: Login, reload: bool) -> list[str]:
             raise PitrError(f"{file}, line {line}: {name or ''}: {error}. The server goes on with its old settings.")
         if reload:
             # The postmaster reads the files when it gets to the signal; wait until a new session sees that it has.
-            query(connection, "SELECT pg_reload_conf()")
             before = query(connection, "SELECT pg_conf_load_time()")[0][0]
+            query(connection, "SELECT pg_reload_conf()")
             for _attempt in range(50):
                 with contextlib.closing(login.connect()) as fresh:
                     if query(fresh, "SELECT pg_conf_load_time()")[0][0] > before:

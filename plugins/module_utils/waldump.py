@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import IO, cast
 
 from . import codec
 from .errors import PitrError
@@ -140,14 +141,14 @@ class WalScanner:
                     stderr=complaints,
                     env={"PATH": os.environ.get("PATH", ""), "LC_ALL": "C", "TZ": "UTC"},
                 )
-                assert process.stdout is not None
+                output = cast("IO[bytes]", process.stdout)
                 try:
-                    for line in process.stdout:
+                    for line in output:
                         record = _parse(line.decode(errors="replace").rstrip("\n"), timeline)
                         if record is not None:
                             yield record
                 finally:
-                    process.stdout.close()
+                    output.close()
                     process.kill()
                     process.wait()
                 complaints.seek(0)

@@ -55,6 +55,11 @@ options:
       - Seconds to wait.
     type: int
     default: 3600
+  return_after:
+    description:
+      - Return with RV(progress) after this many seconds when the target is not reached by then. The action plugin uses
+        it to show the progress; leave it out.
+    type: float
 author:
   - pgdrill.pitr contributors (@pgdrill)
 """
@@ -83,7 +88,7 @@ reached:
   sample:
     lsn: 0/7A21F08
     reason: before 2026-03-01 13:29:59.104211+00
-    time: 2026-03-01 13:29:59.104211+00
+    time: "2026-03-01 13:29:59.104211+00"
     xid: ""
     name: ""
     last_transaction_time: "2026-03-01T13:29:58.934110+00:00"
@@ -130,10 +135,10 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery import Recov
 
 
 def reached(recovery: Recovery, params: dict[str, Any]) -> dict[str, Any]:
-    """Wait. With the hidden option the controller waits in slices, to show the progress in between."""
-    found, progress = recovery.wait(params["_slice"] or params["timeout"])
+    """Wait. The controller waits in slices, to show the progress in between."""
+    found, progress = recovery.wait(params["return_after"] or params["timeout"])
     if found is None:
-        if params["_slice"]:
+        if params["return_after"]:
             return {"changed": False, "progress": progress.to_dict(), "progress_text": str(progress)}
         message = f"The target was not reached within {params['timeout']} seconds; the recovery goes on: {progress}."
         raise PitrError(message, progress=progress.to_dict())
@@ -180,7 +185,7 @@ def main() -> None:
             "state": {"type": "str", "choices": ["reached", "resumed", "promoted", "accepted"], "default": "reached"},
             "log_file": {"type": "path"},
             "timeout": {"type": "int", "default": 3600},
-            "_slice": {"type": "float"},
+            "return_after": {"type": "float"},
         },
         supports_check_mode=True,
     )

@@ -127,6 +127,11 @@ options:
     description:
       - For O(state=undone), what RV(moved_aside) was.
     type: path
+  defer_above:
+    description:
+      - Only plan when the backup is larger than this many bytes. The action plugin uses it to run a
+        large restore in the background and show the progress; leave it out.
+    type: int
   verify:
     description:
       - Compare every restored file with the backup's manifest (C(pg_verifybackup)).
@@ -170,7 +175,7 @@ plan:
     consistent_lsn: 0/2000120
     target: time 2026-03-01 13:29:59.000000+00:00
     target_kind: time
-    target_value: 2026-03-01 13:29:59.000000+00:00
+    target_value: "2026-03-01 13:29:59.000000+00:00"
     target_inclusive: true
     target_action: promote
     timeline: 1
@@ -272,7 +277,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         "timeline": plan.timeline,
     }
     result["moved_aside"] = ""
-    if params["_defer_above"] and plan.backup.database_bytes > params["_defer_above"]:
+    if params["defer_above"] and plan.backup.database_bytes > params["defer_above"]:
         # The controller starts it again in the background, so that it can show the progress.
         return {**result, "changed": False, "deferred": True}
     if not module.check_mode:
@@ -299,7 +304,7 @@ def main() -> None:
             "keep_unaccepted": {"type": "bool", "default": True},
             "moved_aside": {"type": "path"},
             "verify": {"type": "bool", "default": True},
-            "_defer_above": {"type": "int"},
+            "defer_above": {"type": "int"},
         },
         supports_check_mode=True,
         required_if=[("state", "undone", ["moved_aside"])],

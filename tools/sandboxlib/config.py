@@ -44,8 +44,9 @@ def write(layout: Layout, major: int, servers_are_down: bool = False) -> None:
     # JSON is YAML: whatever characters the checkout's path has, they are quoted right.
     lines += [f"{name}: {json.dumps(value)}" for name, value in values.items()]
     fresh = layout.config.with_name("sandbox.yml.tmp")
+    fresh.unlink(missing_ok=True)
+    fresh.touch(mode=0o600)
     fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    fresh.chmod(0o600)
     os.replace(fresh, layout.config)
 
 

@@ -189,13 +189,19 @@ def _point(link: Path, target: Path) -> None:
 
 
 def make_private(path: Path, account: Account) -> None:
-    """A directory (mode 0700) of `account` in /tmp; refuses one that a third user has put there."""
+    """A directory (mode 0700) of `account` in /tmp. One that a third user has put there is removed by root and refused
+    by others."""
     try:
-        path.mkdir(mode=0o700)
-    except FileExistsError:
         status = path.lstat()
+    except FileNotFoundError:
+        pass
+    else:
         if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (os.geteuid(), account.uid):
-            raise SandboxError(f"{path} belongs to uid {status.st_uid} and is in the way; remove it") from None
+            if os.geteuid() != 0:
+                raise SandboxError(f"{path} belongs to uid {status.st_uid} and is in the way; remove it")
+            # Such as that of another PITR_SANDBOX_USER.
+            shutil.rmtree(path) if stat.S_ISDIR(status.st_mode) else path.unlink()
+    path.mkdir(mode=0o700, exist_ok=True)
     account.own(path)
     path.chmod(0o700)
 
