@@ -52,7 +52,7 @@ def parse(codec: str) -> tuple[str, int]:
     if name == "none":
         return name, 0
     low, high = _LEVELS[name]
-    if level and not (level.isdigit() and low <= int(level) <= high):
+    if level and not (level.isdecimal() and low <= int(level) <= high):
         raise PitrError(f"Compression level '{level}' is not one of {low} to {high} for {name}.")
     _command(name)
     return name, int(level) if level else _DEFAULT_LEVEL[name]
@@ -111,11 +111,18 @@ class Writer:
             os.close(errors)
 
     def write(self, data: bytes) -> int:
-        """Take the next bytes. Raises OSError as a file would."""
+        """Take the next bytes. Raises OSError as a file would, and PitrError when the compressor has given up."""
         if self._name == "gzip":
             _write_all(self._target, self._deflate.compress(data))
+        elif self._pipe < 0:
+            _write_all(self._target, data)
         else:
-            _write_all(self._target if self._pipe < 0 else self._pipe, data)
+            try:
+                _write_all(self._pipe, data)
+            except BrokenPipeError:
+                # "Broken pipe" tells nothing; the compressor has said that the disk is full.
+                self.finish()
+                raise
         return len(data)
 
     def finish(self) -> None:

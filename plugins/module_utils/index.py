@@ -127,7 +127,11 @@ def scan(folder: ClusterFolder, chapter: Chapter | None = None) -> ArchiveIndex:
                 index.add(wal_file.timeline, wal_file.number(index.segment_size))
     for name in files:
         if name.endswith(".history") and not name.startswith("."):
-            wal_file = WalFile.parse(name)
+            try:
+                wal_file = WalFile.parse(name)
+            except PitrError:
+                index.unknown.append(name)
+                continue
             with codec.open_reader(os.path.join(archive, name)) as reader:
                 text = reader.read().decode(errors="replace")
             index.add_history(wal_file.timeline, parse_history(wal_file.timeline, text))

@@ -23,7 +23,7 @@ from typing import Any
 
 from . import recovery_conf, settings
 from .errors import PitrError
-from .postgres import Login, control_data, query, running_pid
+from .postgres import FLOORS, Login, control_data, query, running_pid
 from .target import parse_time
 from .timeline import parse_history
 from .wal import Lsn, WalFile, history_name
@@ -32,6 +32,12 @@ _XID = re.compile(r"(before|after) transaction (\d+)\Z")
 _TIME = re.compile(r"(before|after) (\d{4}-\d\d-\d\d .+)\Z")
 _LSN = re.compile(r"(before|after) LSN ([0-9A-F]+/[0-9A-F]+)\Z")
 _NAME = re.compile(r'at restore point "(.*)"\Z')
+# The same in the server's log (recoveryStopsBefore and recoveryStopsAfter of xlogrecovery.c), which tells more.
+_STARTED = "starting PostgreSQL "
+_STOPPING = re.compile(r"recovery stopping (.*)")
+_LOG_TRANSACTION = re.compile(r"(before|after) (?:commit|abort) of transaction (\d+), time (.+)\Z")
+_LOG_LSN = re.compile(r'(before|after) WAL location \(LSN\) "([0-9A-F]+/[0-9A-F]+)"\Z')
+_LOG_NAME = re.compile(r'(at restore point ".*"), time .+\Z')
 LOG_TAIL_BYTES = 64 * 1024
 LOG_TAIL_LINES = 15
 
@@ -91,16 +97,45 @@ def contradiction(planned: Mapping[str, Any], reached: Reached) -> str:
     return "" if fits else f"asked for {kind} {value}".rstrip() + f", but PostgreSQL stopped: {reason}"
 
 
-def log_tail(log_file: str) -> str:
-    """The last lines of a server log that are worth showing, or the empty text."""
+def logged_reason(lines: list[str], kind: str) -> str:
+    """Why the last recovery in these lines of a server's log stopped, in the words of a history file.
+
+    ``kind`` is the target's. Empty when the last start of the server has not come to a target.
+    """
+    reason = ""
+    for line in lines:
+        match = _STOPPING.search(line)
+        if match:
+            reason = match.group(1).strip()
+        elif _STARTED in line:
+            reason = ""
+    match = _LOG_TRANSACTION.match(reason)
+    if match:
+        side, xid, when = match.groups()
+        return f"{side} {when}" if kind == "time" else f"{side} transaction {xid}"
+    match = _LOG_LSN.match(reason)
+    if match:
+        return f"{match.group(1)} LSN {match.group(2)}"
+    match = _LOG_NAME.match(reason)
+    if match:
+        return match.group(1)
+    return "reached consistency" if reason == "after reaching consistency" else reason
+
+
+def _log_lines(log_file: str) -> list[str]:
+    """The last lines of a server's log; none when it cannot be read."""
     try:
         with open(log_file, "rb") as stream:
             stream.seek(0, os.SEEK_END)
             stream.seek(max(0, stream.tell() - LOG_TAIL_BYTES))
-            lines = stream.read().decode(errors="replace").splitlines()
+            return stream.read().decode(errors="replace").splitlines()
     except OSError:
-        return ""
-    return "\n".join(lines[-LOG_TAIL_LINES:])
+        return []
+
+
+def log_tail(log_file: str) -> str:
+    """The last lines of a server log that are worth showing, or the empty text."""
+    return "\n".join(_log_lines(log_file)[-LOG_TAIL_LINES:])
 
 
 def replayed_segment(postmaster: int) -> str:
@@ -242,16 +277,39 @@ class Recovery:
     def _stopped(self, action: str) -> Reached:
         data = control_data(self._bin_dir, self._pgdata)
         if action == "shutdown" and data.state == "shut down in recovery":
-            lsn = data.text("Minimum recovery ending location")
-            tail = log_tail(self._log_file)
-            match = re.findall(r"recovery stopping (.*)", tail)
-            return Reached(lsn=lsn, reason=match[-1] if match else "shut down at the recovery target")
+            return self._at_target(data.text("Minimum recovery ending location"), "", "was shut down")
         raise self._died("is not running: recovery ended before the target was reached")
 
     def _paused(self) -> Reached:
         with contextlib.closing(self._login.connect()) as connection:
             lsn, when = query(connection, "SELECT pg_last_wal_replay_lsn()::text, pg_last_xact_replay_timestamp()")[0]
-        return Reached(lsn=lsn, reason="paused at the recovery target", last_transaction_time=_utc(when))
+            names = tuple(FLOORS)
+            rows = query(connection, "SELECT name, setting::int FROM pg_settings WHERE name IN %s", (names,))
+        # Replay raises pg_control's values with those of the primary and pauses when the server's own are lower.
+        floors = control_data(self._bin_dir, self._pgdata).floors
+        low = [f"{name} must be at least {floors[name]}, it is {value}" for name, value in rows if value < floors[name]]
+        if low:
+            raise PitrError(
+                f"The recovery of {self._pgdata} is paused at {lsn}, before its target: the primary had raised settings."
+                f" {'; '.join(sorted(low))}. Raise them and start this server again; it goes on where it is."
+            )
+        return self._at_target(lsn, _utc(when), "is paused")
+
+    def _at_target(self, lsn: str, when: str, state: str) -> Reached:
+        """Only the log tells a pause or a shutdown at the target from one that somebody asked for before it."""
+        planned = self.planned()
+        reason = logged_reason(_log_lines(self._log_file), str(planned.get("target_kind", "")))
+        reached = parse_reason(lsn, reason, when)
+        wrong = contradiction(planned, reached) if planned and reason else ""
+        if wrong:
+            raise PitrError(f"The recovery of {self._pgdata} did not do what was planned: {wrong}.")
+        if not reason or planned.get("target_action") == "promote":
+            where = f"nothing in {self._log_file} tells" if self._log_file else "no log was given (log_file) to tell"
+            raise PitrError(
+                f"The recovery of {self._pgdata} {state} at {lsn}, and it is not proven that its target was reached:"
+                f" {where} of it. If somebody has done that before the target, resume it or start the server again."
+            )
+        return reached
 
     def timeline(self) -> int:
         """The timeline that the server writes (promoted) or replays."""

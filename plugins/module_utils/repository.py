@@ -174,7 +174,10 @@ class ClusterFolder:
         chapters = stored.get("chapters")
         if not isinstance(chapters, list) or not chapters:
             raise PitrError(f"{os.path.join(folder.path, CLUSTER_FILE)} is damaged: it lists no chapter.")
-        folder.chapters = [Chapter(**chapter) for chapter in chapters]
+        try:
+            folder.chapters = [Chapter(**chapter) for chapter in chapters]
+        except TypeError as error:
+            raise PitrError(f"{os.path.join(folder.path, CLUSTER_FILE)} is damaged: {error}.") from None
         return folder
 
     @property
@@ -263,5 +266,6 @@ def archived_logs(archive: str, timeline: int | None = None) -> Iterator[str]:
     prefix = "" if timeline is None else f"{timeline:08X}"
     with os.scandir(archive) as entries:
         for entry in entries:
-            if len(entry.name) == 16 and entry.name.startswith(prefix):
+            # "00000002.history" has 16 characters too.
+            if len(entry.name) == 16 and "." not in entry.name and entry.name.startswith(prefix):
                 yield entry.name

@@ -333,6 +333,8 @@ class Restore:
             **result.target.settings(result.timeline),
             "restore_command": shell_command(fetch, ["%f", "%p"]),
             "hot_standby": "on",
+            # Where a recovery is paused or shut down is told by the log alone, and it must be understood.
+            "lc_messages": "C",
         }
         if request.archive_after == "off":
             settings["archive_mode"] = "off"

@@ -47,14 +47,18 @@ def apply(login: Login, reload: bool) -> list[str]:
     Raises PitrError with file and line when the server cannot read something; it then goes on with its old settings.
     """
     with contextlib.closing(login.connect()) as connection:
+        query(connection, "SET lc_messages TO 'C'")
+        # What waits for a restart is listed as an error too (guc.c, ProcessConfigFileInternal); it is none here.
         wrong = query(
             connection,
-            "SELECT sourcefile, sourceline, name, error FROM pg_file_settings"
-            " WHERE error IS NOT NULL AND error <> 'setting could not be applied'",
+            "SELECT sourcefile, sourceline, name, error FROM pg_file_settings WHERE error IS NOT NULL"
+            " AND error <> 'setting could not be applied' AND error NOT LIKE '%%cannot be changed without restarting%%'",
+            (),
         )
         if wrong:
             file, line, name, error = wrong[0]
-            raise PitrError(f"{file}, line {line}: {name or ''}: {error}. The server goes on with its old settings.")
+            where = f"{file}, line {line}" if file else "The configuration"
+            raise PitrError(f"{where}: {name or ''} {error}. The server goes on with its old settings.")
         if reload:
             # The postmaster reads the files when it gets to the signal; wait until a new session sees that it has.
             before = query(connection, "SELECT pg_conf_load_time()")[0][0]

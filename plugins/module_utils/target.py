@@ -51,15 +51,14 @@ def parse_time(text: str) -> datetime.datetime:
         whole, fraction = clock.split(".")
         clock = f"{whole}.{fraction:0<6}"
     try:
-        parsed = datetime.datetime.fromisoformat(f"{date}T{clock}{offset}")
-    except ValueError as error:
+        return datetime.datetime.fromisoformat(f"{date}T{clock}{offset}").astimezone(datetime.timezone.utc)
+    except (ValueError, OverflowError) as error:
         raise PitrError(f"'{text}' is not a time: {error}.") from None
-    return parsed.astimezone(datetime.timezone.utc)
 
 
 def format_time(value: datetime.datetime) -> str:
     """ISO 8601 in UTC with microseconds; PostgreSQL reads it whatever its own time zone is."""
-    return value.astimezone(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f+00:00")
+    return value.astimezone(datetime.timezone.utc).isoformat(" ", "microseconds")
 
 
 @dataclass(frozen=True)
@@ -175,10 +174,9 @@ def parse_timeline(value: object) -> str:
     text = "latest" if value in (None, "") else str(value).strip()
     if text in ("latest", "current"):
         return text
-    try:
-        number = int(text, 0) if text.lower().startswith("0x") else int(text, 10)
-    except ValueError:
-        number = 0
+    number = 0
+    if re.fullmatch(r"[0-9]+|0[xX][0-9A-Fa-f]+", text):
+        number = int(text, 16 if text[:2] in ("0x", "0X") else 10)
     if not 1 <= number <= 0xFFFFFFFF:
         raise PitrError(f"recovery_target_timeline '{text}' is not latest, current or the number of a timeline.")
     return str(number)

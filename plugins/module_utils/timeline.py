@@ -46,13 +46,16 @@ def parse_history(timeline: int, text: str) -> list[Switch]:
     """
     name = history_name(timeline)
     switches: list[Switch] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Only a line feed ends a line; splitlines() would also cut at characters that a restore point's name may hold.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = _LINE.match(line)
         if match is None:
             raise PitrError(f"{name}, line {number}: '{line[:80]}' is not a line of a timeline history file.")
         switch = Switch(int(match.group(1)), Lsn.parse(match.group(2)), (match.group(3) or "").strip())
+        if switch.timeline < 1:
+            raise PitrError(f"{name}, line {number}: there is no timeline {switch.timeline}.")
         if switch.timeline >= timeline:
             raise PitrError(f"{name}, line {number}: parent timeline {switch.timeline} is not older than {timeline}.")
         if switches and (switch.timeline <= switches[-1].timeline or switch.lsn < switches[-1].lsn):

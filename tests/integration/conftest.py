@@ -100,6 +100,7 @@ class History:
                     self.points[label] = name
                     sandbox.server.sql("SELECT pg_create_restore_point(%s)", name)
                 sandbox.fill(1)
+        self.commits.append(sandbox.commit("end"))
         sandbox.probe()
         self.data = sandbox.server.data
         sandbox.server.stop()
