@@ -47,7 +47,7 @@ build: ## the collection's archive
 install-check: ## build the collection, install it elsewhere, run a drill with what was installed
 	@$(SANDBOX) install-check --pg '$(PG)'
 
-bench: ## the drill's time beside that of the bare PostgreSQL commands
+bench: setup ## the drill's time beside that of the bare PostgreSQL commands
 	@$(IN_VENV) python benchmarks/bare_procedure.py $(ARGS)
 
 stop: ## stop the servers of the sandbox

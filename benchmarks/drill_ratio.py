@@ -1,12 +1,11 @@
-#!/usr/bin/env python3
 # Copyright (c) 2026, pgdrill.pitr contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The time of a drill beside that of the bare PostgreSQL commands of the same procedure.
 
-Both begin with nothing (no data directory, no archive) and end with a cluster that was destroyed, rebuilt, compared with
-its dump and checked with pg_amcheck. They run in turn on the same programs, with the same settings of the server, the
-same load, and as the same user. benchmarks/README.md says what is in both, and what only the drill does.
+Both begin with nothing (no data directory, no archive) and end with a cluster that was destroyed, rebuilt, compared
+with its dump and checked with pg_amcheck. They run in turn on the same programs, with the same settings of the server,
+the same load, and as the same user. benchmarks/README.md says what is in both, and what only the drill does.
 """
 
 from __future__ import annotations
@@ -19,19 +18,18 @@ import platform
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT / "tools"))
 
-from sandboxlib import cli, drill, layout as layouts, postgresql  # noqa: E402  the path is set above
+from sandboxlib import cli, drill, postgresql  # noqa: E402  the path is set above
+from sandboxlib import layout as layouts  # noqa: E402
 from sandboxlib.layout import Layout  # noqa: E402
 from sandboxlib.processes import Interrupted, Supervisor, raise_on_signals  # noqa: E402
 from sandboxlib.say import SandboxError  # noqa: E402
@@ -73,8 +71,7 @@ class Bare:
         self._home = home
         self._data, self._archive, self._backup = home / "data", home / "archive", home / "backup"
         self._phases: Phases = {}
-        keep = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_", "LANG"))}
-        self._env = {**keep, "LC_ALL": "C", "PGHOST": str(home), "PGPORT": str(PORT), "PGUSER": "postgres"}
+        self._env = ["LC_ALL=C", f"PGHOST={home}", f"PGPORT={PORT}", "PGUSER=postgres"]
 
     def run(self) -> Phases:
         """All of it, from initdb to pg_amcheck. Returns the seconds of each phase; raises Failed."""
@@ -94,7 +91,9 @@ class Bare:
             self._dump("truth.sql")
         with self._phase("last segment"):
             last = self._psql("SELECT pg_walfile_name(pg_switch_wal())")
-            self._wait(f"{last} in the archive", lambda: (self._archive / last).exists())
+            # The file is in the archive before cp has written all of it; the server knows when it has.
+            done = self._data / "pg_wal" / "archive_status" / f"{last}.done"
+            self._wait(f"{last} in the archive", done.exists)
         with self._phase("kill"):
             self._pg_ctl("stop", "-m", "immediate")
         with self._phase("restore"):
@@ -128,16 +127,13 @@ class Bare:
         words = [str(word) for word in argv]
         if output is not None:
             words = ["sh", "-c", 'out=$1; shift; exec "$@" > "$out"', "sh", str(output), *words]
-        account = self._layout.account
-        identity = {"user": account.uid, "group": account.gid, "extra_groups": []} if account.is_other else {}
-        result = subprocess.run(
-            words, cwd=self._home, env=self._env, stdin=subprocess.DEVNULL, capture_output=True, text=True, **identity
-        )  # fmt: skip
+        result = self._layout.account.capture(["env", *self._env, *words], timeout=600)
         if result.returncode != 0:
             log = self._home / "log"
             tail = log.read_text(encoding="utf-8", errors="replace")[-1500:] if log.exists() else ""
             said = (result.stderr + result.stdout)[-1500:]
-            raise Failed(f"{' '.join(words)} failed with exit code {result.returncode}:\n{said}\nThe server's log:\n{tail}")
+            command = " ".join(words)
+            raise Failed(f"{command} failed with exit code {result.returncode}:\n{said}\nThe server's log:\n{tail}")
         return result.stdout.strip()
 
     def _call(self, program: str, *arguments: object) -> None:
@@ -299,7 +295,8 @@ def measure(layout: Layout, options: argparse.Namespace, logs: Path) -> dict[str
 def main() -> int:
     """Returns 0 when everything worked, whatever the figures are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pg", type=int, default=layouts.DEFAULT_MAJOR, help="PostgreSQL's major version (%(default)s)")
+    default = layouts.DEFAULT_MAJOR
+    parser.add_argument("--pg", type=int, default=default, help="PostgreSQL's major version (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="how often both run (%(default)s)")
     parser.add_argument("--profile", action="store_true", help="list the slowest tasks of the last drill")
     parser.add_argument("--json", type=Path, help="file for the figures of every round")

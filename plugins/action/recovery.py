@@ -11,6 +11,7 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.pgdrill.pitr.plugins.plugin_utils.forked import ForkedAction
 
 display = Display()
 
@@ -19,17 +20,17 @@ FIRST_SLICE = 5.0
 LONGEST_SLICE = 30.0
 
 
-class ActionModule(ActionBase):
+class ActionModule(ForkedAction):
     """Call the module until the target is reached or the time is over."""
 
-    _supports_check_mode = True
+    _supports_async = False
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Called by Ansible."""
-        super().run(tmp, task_vars)
+        ActionBase.run(self, tmp, task_vars)
         arguments = dict(self._task.args)
         if arguments.get("state", "reached") != "reached" or self._task.check_mode:
-            return dict(self._execute_module(task_vars=task_vars))
+            return self.call(arguments, task_vars)
         timeout = float(arguments.get("timeout") or 3600)
         started = time.monotonic()
         first_started_at = None
@@ -40,7 +41,7 @@ class ActionModule(ActionBase):
             # The last call has no slice: it fails by itself, with the module's own words.
             arguments["timeout"] = max(1, int(left)) if final else int(timeout)
             arguments["return_after"] = None if final else length
-            result: dict[str, Any] = self._execute_module(module_args=arguments, task_vars=task_vars)
+            result = self.call(arguments, task_vars)
             first_started_at = first_started_at or result.get("started_at")
             if final or result.get("failed") or "reached" in result:
                 break

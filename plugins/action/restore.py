@@ -12,6 +12,7 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.pgdrill.pitr.plugins.plugin_utils.forked import ForkedAction
 
 display = Display()
 
@@ -23,19 +24,17 @@ FIRST_PAUSE = 2.0
 LONGEST_PAUSE = 30.0
 
 
-class ActionModule(ActionBase):
+class ActionModule(ForkedAction):
     """Call the module; when it says that there is much to do, call it again in the background and watch."""
 
-    _supports_check_mode = True
+    _supports_async = False
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Called by Ansible."""
-        super().run(tmp, task_vars)
+        ActionBase.run(self, tmp, task_vars)
         arguments = dict(self._task.args)
         limit = int(os.environ.get("PGDRILL_QUIET_UP_TO", QUIET_UP_TO))
-        result: dict[str, Any] = self._execute_module(
-            module_args={**arguments, "defer_above": None if self._task.check_mode else limit}, task_vars=task_vars
-        )
+        result = self.call({**arguments, "defer_above": None if self._task.check_mode else limit}, task_vars)
         if not result.get("deferred"):
             return result
         return self._watch(arguments, result["plan"], task_vars)
@@ -55,7 +54,7 @@ class ActionModule(ActionBase):
         )
         started = time.monotonic()
         self._task.async_val = LONGEST
-        job: dict[str, Any] = self._execute_module(module_args=arguments, task_vars=task_vars, wrap_async=True)
+        job = self.call(arguments, task_vars)
         self._task.async_val = 0
         if job.get("failed") or "ansible_job_id" not in job:
             return job
@@ -71,9 +70,7 @@ class ActionModule(ActionBase):
             )
             if status.get("finished"):
                 break
-            found = self._execute_module(
-                module_name="pgdrill.pitr.recovery_info", module_args=looks, task_vars=task_vars
-            )
+            found = self.call(looks, task_vars, "recovery_info")
             percent = (found.get("recovery") or {}).get("percent")
             text = "preparing or verifying" if percent is None else f"{percent:.0f} % of the files"
             self._show(f"{text}, {time.monotonic() - started:.0f} s so far", task_vars)

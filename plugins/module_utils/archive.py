@@ -17,7 +17,7 @@ import os
 from . import codec
 from .errors import PitrError
 from .repository import Chapter, ClusterFolder, archived_logs, fsync_directory, make_directory, temporary_name
-from .timeline import parse_history
+from .timeline import ancestry, parse_history
 from .wal import SegmentHeader, WalFile, history_name
 
 
@@ -49,10 +49,11 @@ def check_segment(data: bytes, wal_file: WalFile, chapter: Chapter, where: str, 
         raise PitrError(f"{where} holds WAL from {header.page_address}, which is not what its name says. Refused.")
     if header.timeline == wal_file.timeline:
         return
-    switches = parse_history(wal_file.timeline, history) if history is not None else []
-    for switch in switches:
-        begins_before_switch = int(header.page_address) <= switch.lsn < int(header.page_address) + header.segment_size
-        if switch.timeline == header.timeline and begins_before_switch:
+    if history is not None:
+        *ancestors, own = ancestry(wal_file.timeline, parse_history(wal_file.timeline, history))
+        begin = header.page_address
+        writer = [span.timeline for span in ancestors if span.end is not None and span.begin <= begin < span.end]
+        if writer == [header.timeline] and begin < own.begin < begin + header.segment_size:
             return
     raise PitrError(
         f"{where} was written on timeline {header.timeline}, but its name says {wal_file.timeline}"
@@ -63,10 +64,10 @@ def check_segment(data: bytes, wal_file: WalFile, chapter: Chapter, where: str, 
 
 def _history_text(wal_file: WalFile, folder: ClusterFolder, chapter: Chapter, pg_wal: str) -> str | None:
     name = history_name(wal_file.timeline)
-    with contextlib.suppress(OSError), open(os.path.join(pg_wal, name), encoding="utf-8") as stream:
-        return stream.read()
+    with contextlib.suppress(OSError), open(os.path.join(pg_wal, name), "rb") as stream:
+        return stream.read().decode(errors="replace")
     with contextlib.suppress(OSError), codec.open_reader(folder.wal_path(WalFile.parse(name), chapter)) as reader:
-        return reader.read().decode()
+        return reader.read().decode(errors="replace")
     return None
 
 
@@ -92,6 +93,8 @@ def _already_stored(stored: str, source: int, path: str) -> str:
             f"{path} was not archived: {stored} exists with other content, unchanged. Two servers may be archiving"
             " into the same place. Find out which one owns it before doing anything else."
         )
+    # Whoever stored it may have died, or not yet come, to this point; success promises stable storage.
+    fsync_directory(os.path.dirname(stored))
     return f"{os.path.basename(path)} was already in the archive, with the same content"
 
 

@@ -10,7 +10,7 @@ import datetime
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from .errors import PitrError
 
@@ -35,20 +35,35 @@ def repository_argument_spec() -> dict[str, dict[str, Any]]:
     }
 
 
-def run_module(module: Any, function: Callable[[Any], dict[str, Any]]) -> NoReturn:
-    """Call ``function(module)`` and leave with its result; a PitrError or OSError becomes a message."""
+class Invocation(Protocol):
+    """What a module's function sees of its invocation: an AnsibleModule, or the action plugins' stand-in."""
+
+    params: dict[str, Any]
+    check_mode: bool
+    _diff: bool
+
+
+def outcome(invocation: Invocation, function: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Call ``function`` and return the result with its times; a PitrError or OSError becomes ``failed`` and ``msg``."""
     started_at = datetime.datetime.now(datetime.timezone.utc)
     started = time.monotonic()
     try:
-        result = function(module)
+        result = function(invocation)
     except PitrError as error:
-        module.fail_json(msg=error.message, **error.detail)
+        return {**error.detail, "failed": True, "msg": error.message}
     except OSError as error:
-        module.fail_json(
-            msg=f"{error.filename or 'The system'}: {error.strerror or error}.", exception=traceback.format_exc()
-        )
+        message = f"{error.filename or 'The system'}: {error.strerror or error}."
+        return {"failed": True, "msg": message, "exception": traceback.format_exc()}
     result.setdefault("seconds", round(time.monotonic() - started, 3))
     result.setdefault("started_at", started_at.isoformat())
     result["finished_at"] = datetime.datetime.now(datetime.timezone.utc).isoformat()
+    return result
+
+
+def run_module(module: Any, function: Callable[[Any], dict[str, Any]]) -> NoReturn:
+    """Leave the module with what ``function(module)`` comes to."""
+    result = outcome(module, function)
+    if result.pop("failed", False):
+        module.fail_json(**result)
     module.exit_json(**result)
     raise AssertionError("exit_json returned")

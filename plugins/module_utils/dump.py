@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Optional
+from typing import IO, Any, Optional
 
 from . import codec
 from .dumpdiff import Comparison, compare
@@ -284,22 +284,23 @@ def _pg_dumpall(login: Login, bin_dir: str) -> Iterator[Iterator[bytes]]:
             stderr=errors,
             start_new_session=True,  # pg_dumpall starts pg_dump; both are ended together
         )
-        assert process.stdout is not None
-        try:
-            yield _pieces(process.stdout.fileno())
+        with process:  # closes the pipe
+            try:
+                yield _pieces(process.stdout)
+            except BaseException:
+                _end(process)
+                raise
             code = process.wait()
-        except BaseException:
-            _end(process)
-            raise
-        finally:
-            process.stdout.close()
         if code != 0:
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip()[-2000:]
             raise PitrError(f"pg_dumpall failed with exit code {code}, the dump is not kept. It says: {said}", rc=code)
 
 
-def _pieces(descriptor: int) -> Iterator[bytes]:
+def _pieces(stream: IO[bytes] | None) -> Iterator[bytes]:
+    if stream is None:
+        raise AssertionError("stdout is a pipe")
+    descriptor = stream.fileno()
     with contextlib.suppress(OSError):  # a larger pipe saves switches between the programs; the limit is the system's
         fcntl.fcntl(descriptor, _F_SETPIPE_SZ, CHUNK)
     return iter(lambda: os.read(descriptor, CHUNK), b"")

@@ -44,7 +44,8 @@ class Pair:
     @property
     def either(self) -> DumpObject:
         item = self.truth or self.restored
-        assert item is not None
+        if item is None:
+            raise AssertionError("a pair of nothing")
         return item
 
 

@@ -37,8 +37,9 @@ def _source(name: str) -> bytes:
     """Source text of a sibling, wherever it was imported from: a directory, or the archive that Ansible sends."""
     module = importlib.import_module(f"{__package__}.{name}")
     loader: Any = module.__loader__
-    text: str = loader.get_source(module.__name__)
-    return text.encode()
+    # Python's own loaders give text, that of Ansible's collections gives bytes.
+    source: str | bytes = loader.get_source(module.__name__)
+    return source if isinstance(source, bytes) else source.encode()
 
 
 def content(directory: str, cluster: str, settings: dict[str, str], python: str) -> dict[str, tuple[bytes, int]]:

@@ -22,7 +22,7 @@ from .errors import PitrError
 from .index import ArchiveIndex
 from .target import RecoveryTarget, format_time
 from .timeline import Span, TimelineTree
-from .wal import Lsn
+from .wal import Lsn, history_name
 
 MAX_NAMED = 5
 
@@ -157,7 +157,14 @@ def plan(
 def target_timeline(target: RecoveryTarget, tree: TimelineTree, backups: Sequence[Backup], choice: str) -> int:
     """Number of the timeline to recover along."""
     if target.timeline == "latest":
-        return tree.newest
+        newest = tree.newest
+        if tree.timelines and tree.timelines[-1] > newest:
+            # Without its history file a timeline cannot be followed, and an older one is not what "latest" means.
+            lost = tree.timelines[-1]
+            message = f"The archive has segments of timeline {lost}, but no {history_name(lost)}."
+            nearest = f"Copy it back from a server's pg_wal, or ask for timeline {newest} by its number."
+            raise RefusedError([Refusal("timeline_unknown", message, nearest)])
+        return newest
     if target.timeline == "current":
         chosen = [backup for backup in backups if backup.label == choice] or list(backups)
         return max(chosen, key=lambda backup: backup.stopped_at).timeline
@@ -230,10 +237,10 @@ def reachable_end(backup: Backup, index: ArchiveIndex, timeline: int) -> tuple[i
                 last_of_span = max(last_of_span, begin)
         while number <= last_of_span and len(missing) <= MAX_NAMED:
             end = index.run_end(span.timeline, number)
-            parent = spans[position - 1].timeline if position else None
             at_switch = position > 0 and number == span.begin.segment_number(size)
-            if end is None and at_switch and parent is not None and index.has(parent, number):
-                end = number
+            # The parent's copy ends at the switch. It will do only while the new timeline has nothing later.
+            if end is None and at_switch and (index.last(span.timeline) or 0) < number:
+                end = number if index.has(spans[position - 1].timeline, number) else None
             if end is None:
                 missing.append((span.timeline, number))
                 end = number

@@ -279,7 +279,7 @@ def parse_settings(text: str) -> list[tuple[str, str]]:
     Understands what ALTER SYSTEM and pg_basebackup write (guc-file.l), not include directives.
     """
     result = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         match = re.match(r"\s*([A-Za-z_][A-Za-z0-9_.]*)\s*(?:=|\s)\s*('(?:[^'\\]|''|\\.)*'|[^\s#]*)", line)
         if match and not line.lstrip().startswith("#"):
             name, value = match.groups()

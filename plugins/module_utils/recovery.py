@@ -290,8 +290,8 @@ class Recovery:
         low = [f"{name} must be at least {floors[name]}, it is {value}" for name, value in rows if value < floors[name]]
         if low:
             raise PitrError(
-                f"The recovery of {self._pgdata} is paused at {lsn}, before its target: the primary had raised settings."
-                f" {'; '.join(sorted(low))}. Raise them and start this server again; it goes on where it is."
+                f"The recovery of {self._pgdata} is paused at {lsn}, before its target: the primary had raised"
+                f" settings. {'; '.join(sorted(low))}. Raise them and start this server again; it goes on where it is."
             )
         return self._at_target(lsn, _utc(when), "is paused")
 

@@ -81,13 +81,17 @@ def _auto_conf(pgdata: str) -> str:
     return os.path.join(pgdata, "postgresql.auto.conf")
 
 
+def _read_auto_conf(pgdata: str) -> str:
+    """Its text, byte for byte: only a line feed ends a line, and a value may hold any other character."""
+    with contextlib.suppress(FileNotFoundError):
+        with open(_auto_conf(pgdata), encoding="utf-8", errors="surrogateescape", newline="") as stream:
+            return stream.read()
+    return ""
+
+
 def _take_out(pgdata: str, names: set[str]) -> list[str]:
     """Remove assignments of these settings from postgresql.auto.conf; return the lines that are worth keeping."""
-    try:
-        with open(_auto_conf(pgdata), encoding="utf-8", errors="surrogateescape") as stream:
-            lines = stream.read().splitlines()
-    except FileNotFoundError:
-        return []
+    lines = _read_auto_conf(pgdata).split("\n")
     kept, saved = [], []
     for line in lines:
         found = parse_settings(line)
@@ -98,8 +102,7 @@ def _take_out(pgdata: str, names: set[str]) -> list[str]:
         else:
             kept.append(line)
     if len(kept) != len(lines):
-        text = "\n".join(kept) + "\n"
-        write_atomic(_auto_conf(pgdata), text.encode("utf-8", "surrogateescape"))
+        write_atomic(_auto_conf(pgdata), "\n".join(kept).encode("utf-8", "surrogateescape"))
     return saved
 
 
@@ -138,8 +141,9 @@ def finish(config_dir: str, pgdata: str) -> bool:
         return False
     saved = _remembered(config_dir, _SAVED) or []
     if saved:
-        with open(_auto_conf(pgdata), encoding="utf-8", errors="surrogateescape") as stream:
-            text = stream.read()
+        text = _read_auto_conf(pgdata)
+        if text and not text.endswith("\n"):
+            text += "\n"
         present = {name for name, _value in parse_settings(text)}
         back = [line for line in saved if parse_settings(line)[0][0] not in present]
         write_atomic(

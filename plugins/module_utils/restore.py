@@ -80,11 +80,15 @@ class Result:
 
 
 class _Marker:
-    """Says in the directory that it is not complete, of which cluster it is, and how much of it is there."""
+    """Says in the directory that it is not complete, of which cluster it is, and how much of it is there.
 
-    def __init__(self, path: str, backup: Backup) -> None:
+    The next try after a kill reads from it where the old directory is and which tablespace directories it may clear.
+    """
+
+    def __init__(self, path: str, backup: Backup, moved_aside: str, locations: Mapping[int, str]) -> None:
         self._path = path
         self._facts = {"format": 1, "system_identifier": backup.system_identifier, "backup": backup.label}
+        self._left = {"moved_aside": moved_aside, "locations": sorted(locations.values())}
         self._total = backup.database_bytes
         self._done = 0
         self._written_at = 0.0
@@ -95,7 +99,7 @@ class _Marker:
         self._done += count
         now = time.monotonic()
         if now - self._written_at >= 1 or not count:
-            write_json(self._path, {**self._facts, "bytes": self._done, "total_bytes": self._total})
+            write_json(self._path, {**self._facts, **self._left, "bytes": self._done, "total_bytes": self._total})
             self._written_at = now
 
 
@@ -161,7 +165,7 @@ class Restore:
             message = f"A server is running in {pgdata} (process {pid})."
             self._refuse("server_running", message, "Stop it first: pg_ctl stop -D, or its service.")
             return
-        if not found or self._half_done(folder):
+        if not found or self._left_behind(folder) is not None:
             return
         if "PG_VERSION" not in found or data_version(pgdata) is None:
             self._refuse(
@@ -189,14 +193,23 @@ class Restore:
                 "directory_mount_point", message, "Move its content away yourself and restore into the empty directory."
             )
 
-    def _half_done(self, folder: ClusterFolder) -> bool:
-        """Whether this is what a killed restore of the same cluster has left: the marker, and no pg_control yet."""
-        if os.path.lexists(os.path.join(self._request.pgdata, extract.PG_CONTROL)):
-            return False
+    def _left_behind(self, folder: ClusterFolder) -> dict[str, Any] | None:
+        """What a killed restore of the same cluster says of itself, None when this directory is something else.
+
+        It has the marker, and no pg_control yet. Empty when it was killed before it had written the marker.
+        """
+        pgdata = self._request.pgdata
+        if os.path.lexists(os.path.join(pgdata, extract.PG_CONTROL)):
+            return None
         with contextlib.suppress(OSError, ValueError):
-            with open(os.path.join(self._request.pgdata, IN_PROGRESS), encoding="utf-8") as stream:
-                return bool(json.load(stream).get("system_identifier") == folder.chapter.system_identifier)
-        return False
+            names = os.listdir(pgdata)
+            if names and all(name.startswith(f".{IN_PROGRESS}.") for name in names):
+                return {}
+            with open(os.path.join(pgdata, IN_PROGRESS), encoding="utf-8") as stream:
+                found = json.load(stream)
+            if isinstance(found, dict) and found.get("system_identifier") == folder.chapter.system_identifier:
+                return found
+        return None
 
     def _locate(
         self, target: RecoveryTarget, backups: list[Any], index: ArchiveIndex, damaged: Mapping[str, str]
@@ -256,8 +269,9 @@ class Restore:
             known = ", ".join(t.location for t in result.backup.tablespaces) or "none"
             message = f"tablespace_mapping names {', '.join(sorted(unknown))}; the backup's tablespaces are: {known}."
             self._refuse("tablespace_unknown", message)
+        left_behind = (self._left_behind(self._folder) or {}).get("locations", [])
         for location in self.locations(result).values():
-            if os.path.isdir(location) and os.listdir(location):
+            if os.path.isdir(location) and _foreign_content(location, location in left_behind):
                 message = f"The tablespace directory {location} is not empty."
                 self._refuse("tablespace_not_empty", message, "Map it to an empty one with tablespace_mapping.")
         if request.config_dir and not os.path.exists(os.path.join(request.config_dir, "postgresql.conf")):
@@ -272,14 +286,15 @@ class Restore:
         """Perform the plan. Raises PitrError; then the old directory is where it was."""
         started = time.monotonic()
         pgdata = self._request.pgdata
-        if self._half_done(self._folder) or (not self._request.keep_unaccepted and _unaccepted(self._request)):
-            shutil.rmtree(pgdata)
-        moved_aside = self._move_aside()
+        was_there = os.path.isdir(pgdata)
+        moved_aside = self._clear()
+        moved_aside = self._move_aside() or moved_aside
         locations = self.locations(result)
+        progress = None
         try:
             os.makedirs(pgdata, mode=0o700, exist_ok=True)
             os.chmod(pgdata, 0o700)
-            progress = _Marker(os.path.join(pgdata, IN_PROGRESS), result.backup)
+            progress = _Marker(os.path.join(pgdata, IN_PROGRESS), result.backup, moved_aside, locations)
             stored = os.path.join(self._folder.backups_path, result.backup.label)
             extract.extract(result.backup, stored, pgdata, locations, progress.add)
             if self._request.verify:
@@ -294,9 +309,26 @@ class Restore:
             self._place_control(pgdata)
             self._check_effective(result)
         except BaseException:
-            self._put_back(moved_aside, locations)
+            self._put_back(moved_aside, locations, progress, was_there)
             raise
         return Result(result, moved_aside, round(time.monotonic() - started, 3))
+
+    def _clear(self) -> str:
+        """Remove what a killed restore, or one that nobody wants to keep, has left.
+
+        Returns where the killed one had put the old directory.
+        """
+        pgdata = self._request.pgdata
+        left_behind = self._left_behind(self._folder)
+        if left_behind is None:
+            if not self._request.keep_unaccepted and _unaccepted(self._request):
+                shutil.rmtree(pgdata)
+            return ""
+        for location in left_behind.get("locations", []):
+            _empty(location)
+        _remove(pgdata)
+        old = str(left_behind.get("moved_aside") or "")
+        return old if os.path.isdir(old) else ""
 
     def _move_aside(self) -> str:
         pgdata = self._request.pgdata
@@ -310,19 +342,25 @@ class Restore:
         fsync_directory(os.path.dirname(pgdata))
         return aside
 
-    def _put_back(self, moved_aside: str, locations: Mapping[int, str]) -> None:
+    def _put_back(
+        self, moved_aside: str, locations: Mapping[int, str], progress: _Marker | None, was_there: bool
+    ) -> None:
         """After a failure: remove what this try has written and give the old directory its name back."""
         pgdata = self._request.pgdata
+        if progress is not None:
+            # A kill from here on leaves a directory that the next try recognises.
+            with contextlib.suppress(OSError):
+                progress.add(0)
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(pgdata, extract.PG_CONTROL))
         for location in locations.values():
             # They were empty before (see _check_host), so whatever is in them came from this try.
-            with contextlib.suppress(FileNotFoundError):
-                for name in os.listdir(location):
-                    shutil.rmtree(os.path.join(location, name), ignore_errors=True)
+            _empty(location)
         recovery_conf.discard(self._request.configuration)
-        shutil.rmtree(pgdata, ignore_errors=True)
+        _remove(pgdata)
         if moved_aside:
             os.rename(moved_aside, pgdata)
-        elif not os.path.exists(pgdata):
+        elif was_there and not os.path.exists(pgdata):
             os.makedirs(pgdata, mode=0o700)
 
     def _settings(self, result: RestorePlan) -> dict[str, str]:
@@ -387,8 +425,48 @@ class Restore:
 
 
 def _unaccepted(request: Request) -> bool:
-    """Whether this is a restored cluster that nobody has accepted: its recovery settings are still there."""
-    return recovery_conf.planned(request.configuration) is not None
+    """Whether this is a restored cluster that nobody has accepted: its recovery settings are still there.
+
+    The settings may lie outside the data directory. That they belong to it is told by the backup's label in it.
+    """
+    planned = recovery_conf.planned(request.configuration)
+    if planned is None:
+        return False
+    for name in ("backup_label", "backup_label.old"):
+        with contextlib.suppress(OSError), open(os.path.join(request.pgdata, name), "rb") as stream:
+            if f"LABEL: {planned.get('backup')}".encode() in stream.read().splitlines():
+                return True
+    return False
+
+
+def _foreign_content(location: str, left_behind: bool) -> bool:
+    """Whether a tablespace directory holds something that no restore has put there.
+
+    A server, and so a restore, makes one directory in it (GetTablespaceVersionDirectory).
+    """
+    names = os.listdir(location)
+    return any(not name.startswith("PG_") for name in names) if left_behind else bool(names)
+
+
+def _empty(location: str) -> None:
+    """Remove what a restore has put into a tablespace directory."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(location):
+            if name.startswith("PG_"):
+                shutil.rmtree(os.path.join(location, name), ignore_errors=True)
+
+
+def _remove(directory: str) -> None:
+    """Remove a directory that is not complete, its marker last: a kill in between leaves what the next try knows."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(directory):
+            path = os.path.join(directory, name)
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path, ignore_errors=True)
+            elif name != IN_PROGRESS:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def undo(request: Request, moved_aside: str, check: bool = False) -> str:
@@ -405,8 +483,8 @@ def undo(request: Request, moved_aside: str, check: bool = False) -> str:
         raise PitrError(f"A server is running in {pgdata} (process {pid}). Stop it first; nothing was changed.")
     in_the_way = os.path.isdir(pgdata) and bool(os.listdir(pgdata))
     half_done = os.path.exists(os.path.join(pgdata, IN_PROGRESS))
+    ours = control_data(request.bin_dir, moved_aside).system_identifier
     if in_the_way and not half_done:
-        ours = control_data(request.bin_dir, moved_aside).system_identifier
         if not _unaccepted(request) or control_data(request.bin_dir, pgdata).system_identifier != ours:
             raise PitrError(f"{pgdata} is not a restored cluster that waits to be accepted. It was not touched.")
     kept = ""

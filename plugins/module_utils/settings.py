@@ -52,7 +52,7 @@ def apply(login: Login, reload: bool) -> list[str]:
         wrong = query(
             connection,
             "SELECT sourcefile, sourceline, name, error FROM pg_file_settings WHERE error IS NOT NULL"
-            " AND error <> 'setting could not be applied' AND error NOT LIKE '%%cannot be changed without restarting%%'",
+            " AND error <> 'setting could not be applied' AND error NOT LIKE '%%cannot be changed without%%'",
             (),
         )
         if wrong:

@@ -58,8 +58,8 @@ def parse_history(timeline: int, text: str) -> list[Switch]:
             raise PitrError(f"{name}, line {number}: there is no timeline {switch.timeline}.")
         if switch.timeline >= timeline:
             raise PitrError(f"{name}, line {number}: parent timeline {switch.timeline} is not older than {timeline}.")
-        if switches and (switch.timeline <= switches[-1].timeline or switch.lsn < switches[-1].lsn):
-            raise PitrError(f"{name}, line {number}: timelines and positions must ascend.")
+        if switches and switch.timeline <= switches[-1].timeline:
+            raise PitrError(f"{name}, line {number}: timelines must ascend.")
         switches.append(switch)
     if timeline > 1 and not switches:
         raise PitrError(f"{name} names no parent timeline.")
@@ -78,6 +78,23 @@ class Span:
 
     def __repr__(self) -> str:
         return f"Span({self.timeline}, {self.begin}, {self.end})"
+
+
+def ancestry(timeline: int, switches: list[Switch]) -> list[Span]:
+    """The way from the beginning of WAL to the end of ``timeline``.
+
+    Positions in a history file need not ascend. A recovery along timeline 3 that stops before the point where 3 began
+    leaves 3 as the parent of the new timeline, with a position that lies on 2 (writeTimeLineHistory is given the target
+    timeline). The server looks a position up from the newest timeline backwards (tliOfPointInHistory), so that
+    a later entry ends all earlier ones; those of which nothing is left are no part of the way.
+    """
+    spans = [Span(timeline, switches[-1].lsn if switches else Lsn(0), None)]
+    for position in range(len(switches) - 1, -1, -1):
+        begin = switches[position - 1].lsn if position else Lsn(0)
+        end = min(switches[position].lsn, spans[0].begin)
+        if begin < end:
+            spans.insert(0, Span(switches[position].timeline, begin, end))
+    return spans
 
 
 class TimelineTree:
@@ -119,13 +136,7 @@ class TimelineTree:
 
     def path(self, timeline: int) -> list[Span]:
         """The way from the beginning of WAL to the end of ``timeline``."""
-        spans: list[Span] = []
-        begin = Lsn(0)
-        for switch in self.switches(timeline):
-            spans.append(Span(switch.timeline, begin, switch.lsn))
-            begin = switch.lsn
-        spans.append(Span(timeline, begin, None))
-        return spans
+        return ancestry(timeline, self.switches(timeline))
 
     def contains(self, timeline: int, point_timeline: int, lsn: Lsn) -> bool:
         """True when the point ``lsn`` written on ``point_timeline`` is part of the past of ``timeline``."""

@@ -115,6 +115,11 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repos
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import archive_info
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 
+ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
+    **repository_argument_spec(),
+    "bin_dir": {"type": "path"},
+}
+
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Walk."""
@@ -125,10 +130,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(
-        argument_spec={
-            **repository_argument_spec(),
-            "bin_dir": {"type": "path"},
-        },
+        argument_spec=ARGUMENT_SPEC,
         supports_check_mode=True,
     )
     run_module(module, run)

@@ -90,6 +90,12 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.probe import Probe
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 
+ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
+    **login_argument_spec(),
+    **repository_argument_spec(),
+    "timeout": {"type": "int", "default": 60},
+}
+
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Probe. A switched segment is what the server does by itself all day, so it is not called a change."""
@@ -103,11 +109,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(
-        argument_spec={
-            **login_argument_spec(),
-            **repository_argument_spec(),
-            "timeout": {"type": "int", "default": 60},
-        },
+        argument_spec=ARGUMENT_SPEC,
         supports_check_mode=True,
     )
     run_module(module, run)

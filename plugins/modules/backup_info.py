@@ -79,6 +79,10 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repos
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import backup_info
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 
+ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
+    **repository_argument_spec(),
+}
+
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """List."""
@@ -89,9 +93,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(
-        argument_spec={
-            **repository_argument_spec(),
-        },
+        argument_spec=ARGUMENT_SPEC,
         supports_check_mode=True,
     )
     run_module(module, run)

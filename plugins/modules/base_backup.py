@@ -137,6 +137,20 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 
+ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
+    **login_argument_spec(),
+    **repository_argument_spec(),
+    "bin_dir": {"type": "path", "required": True},
+    "type": {"type": "str", "choices": ["full"], "default": "full"},
+    "label": {"type": "str", "default": ""},
+    "compression": {"type": "str", "default": "auto"},
+    "checkpoint": {"type": "str", "choices": ["fast", "spread"], "default": "fast"},
+    "max_rate": {"type": "str", "default": ""},
+    "verify": {"type": "bool", "default": True},
+    "archive_timeout": {"type": "int", "default": 600},
+    "when": {"type": "str", "choices": ["always", "missing"], "default": "always"},
+}
+
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Take the backup."""
@@ -169,19 +183,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(
-        argument_spec={
-            **login_argument_spec(),
-            **repository_argument_spec(),
-            "bin_dir": {"type": "path", "required": True},
-            "type": {"type": "str", "choices": ["full"], "default": "full"},
-            "label": {"type": "str", "default": ""},
-            "compression": {"type": "str", "default": "auto"},
-            "checkpoint": {"type": "str", "choices": ["fast", "spread"], "default": "fast"},
-            "max_rate": {"type": "str", "default": ""},
-            "verify": {"type": "bool", "default": True},
-            "archive_timeout": {"type": "int", "default": 600},
-            "when": {"type": "str", "choices": ["always", "missing"], "default": "always"},
-        },
+        argument_spec=ARGUMENT_SPEC,
         supports_check_mode=True,
     )
     run_module(module, run)

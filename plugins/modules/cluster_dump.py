@@ -241,8 +241,18 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.dump import Request, 
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 
+ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
+    **login_argument_spec(),
+    "bin_dir": {"type": "path", "required": True},
+    "path": {"type": "path"},
+    "compare_to": {"type": "path"},
+    "compression": {"type": "str", "default": "auto"},
+    "max_differences": {"type": "int", "default": 20},
+    "fail_on_difference": {"type": "bool", "default": True},
+}
 
-def dump(module: AnsibleModule) -> dict[str, Any]:
+
+def run(module: AnsibleModule) -> dict[str, Any]:
     """Dump and compare. Raises PitrError when it could not be done, or when a difference must fail."""
     params = module.params
     request = Request(
@@ -264,18 +274,10 @@ def dump(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     run_module(
         AnsibleModule(
-            argument_spec={
-                **login_argument_spec(),
-                "bin_dir": {"type": "path", "required": True},
-                "path": {"type": "path"},
-                "compare_to": {"type": "path"},
-                "compression": {"type": "str", "default": "auto"},
-                "max_differences": {"type": "int", "default": 20},
-                "fail_on_difference": {"type": "bool", "default": True},
-            },
+            argument_spec=ARGUMENT_SPEC,
             supports_check_mode=True,
         ),
-        dump,
+        run,
     )
 
 

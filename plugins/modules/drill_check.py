@@ -87,6 +87,14 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.load import check
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 
+ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
+    **login_argument_spec(),
+    "bin_dir": {"type": "path", "required": True},
+    "database": {"type": "str", "default": "pgdrill"},
+    "amcheck": {"type": "bool", "default": True},
+    "jobs": {"type": "int", "default": 2},
+}
+
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Collect."""
@@ -100,13 +108,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(
-        argument_spec={
-            **login_argument_spec(),
-            "bin_dir": {"type": "path", "required": True},
-            "database": {"type": "str", "default": "pgdrill"},
-            "amcheck": {"type": "bool", "default": True},
-            "jobs": {"type": "int", "default": 2},
-        },
+        argument_spec=ARGUMENT_SPEC,
         supports_check_mode=True,
     )
     run_module(module, run)

@@ -115,6 +115,19 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.load import Load
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 
+ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
+    **login_argument_spec(),
+    "bin_dir": {"type": "path", "required": True},
+    "state": {"type": "str", "choices": ["prepared", "loaded"], "required": True},
+    "database": {"type": "str", "default": "pgdrill"},
+    "scenarios": {"type": "list", "elements": "str", "default": ["latest"]},
+    "scale": {"type": "int", "default": 10},
+    "clients": {"type": "int", "default": 4},
+    "jobs": {"type": "int", "default": 2},
+    "transactions": {"type": "int", "default": 200},
+    "restore_point": {"type": "str", "default": "pgdrill"},
+}
+
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Prepare or load."""
@@ -139,18 +152,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(
-        argument_spec={
-            **login_argument_spec(),
-            "bin_dir": {"type": "path", "required": True},
-            "state": {"type": "str", "choices": ["prepared", "loaded"], "required": True},
-            "database": {"type": "str", "default": "pgdrill"},
-            "scenarios": {"type": "list", "elements": "str", "default": ["latest"]},
-            "scale": {"type": "int", "default": 10},
-            "clients": {"type": "int", "default": 4},
-            "jobs": {"type": "int", "default": 2},
-            "transactions": {"type": "int", "default": 200},
-            "restore_point": {"type": "str", "default": "pgdrill"},
-        },
+        argument_spec=ARGUMENT_SPEC,
         supports_check_mode=True,
     )
     run_module(module, run)

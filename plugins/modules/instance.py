@@ -133,6 +133,21 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import run_m
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.instance import Instance, Status
 
+ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
+    "bin_dir": {"type": "path", "required": True},
+    "pgdata": {"type": "path", "required": True},
+    "state": {
+        "type": "str",
+        "choices": ["status", "present", "started", "stopped", "restarted", "killed"],
+        "default": "status",
+    },
+    "mode": {"type": "str", "choices": ["smart", "fast", "immediate"], "default": "fast"},
+    "initdb_options": {"type": "list", "elements": "str", "default": []},
+    "log_file": {"type": "path"},
+    "wait": {"type": "bool", "default": True},
+    "timeout": {"type": "int", "default": 60},
+}
+
 
 def change(instance: Instance, status: Status, params: dict[str, Any], check: bool) -> bool:
     """Bring the state about. Returns whether something was (or would be) changed."""
@@ -171,20 +186,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(
-        argument_spec={
-            "bin_dir": {"type": "path", "required": True},
-            "pgdata": {"type": "path", "required": True},
-            "state": {
-                "type": "str",
-                "choices": ["status", "present", "started", "stopped", "restarted", "killed"],
-                "default": "status",
-            },
-            "mode": {"type": "str", "choices": ["smart", "fast", "immediate"], "default": "fast"},
-            "initdb_options": {"type": "list", "elements": "str", "default": []},
-            "log_file": {"type": "path"},
-            "wait": {"type": "bool", "default": True},
-            "timeout": {"type": "int", "default": 60},
-        },
+        argument_spec=ARGUMENT_SPEC,
         supports_check_mode=True,
     )
     run_module(module, run)

@@ -133,6 +133,17 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrErr
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login, running_pid
 from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery import Recovery
 
+ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
+    **login_argument_spec(),
+    "bin_dir": {"type": "path", "required": True},
+    "pgdata": {"type": "path", "required": True},
+    "config_dir": {"type": "path"},
+    "state": {"type": "str", "choices": ["reached", "resumed", "promoted", "accepted"], "default": "reached"},
+    "log_file": {"type": "path"},
+    "timeout": {"type": "int", "default": 3600},
+    "return_after": {"type": "float"},
+}
+
 
 def reached(recovery: Recovery, params: dict[str, Any]) -> dict[str, Any]:
     """Wait. The controller waits in slices, to show the progress in between."""
@@ -177,16 +188,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(
-        argument_spec={
-            **login_argument_spec(),
-            "bin_dir": {"type": "path", "required": True},
-            "pgdata": {"type": "path", "required": True},
-            "config_dir": {"type": "path"},
-            "state": {"type": "str", "choices": ["reached", "resumed", "promoted", "accepted"], "default": "reached"},
-            "log_file": {"type": "path"},
-            "timeout": {"type": "int", "default": 3600},
-            "return_after": {"type": "float"},
-        },
+        argument_spec=ARGUMENT_SPEC,
         supports_check_mode=True,
     )
     run_module(module, run)

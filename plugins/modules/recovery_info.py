@@ -82,6 +82,13 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery import Recovery
 
+ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
+    **login_argument_spec(),
+    "bin_dir": {"type": "path", "required": True},
+    "pgdata": {"type": "path", "required": True},
+    "config_dir": {"type": "path"},
+}
+
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Look once."""
@@ -93,12 +100,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(
-        argument_spec={
-            **login_argument_spec(),
-            "bin_dir": {"type": "path", "required": True},
-            "pgdata": {"type": "path", "required": True},
-            "config_dir": {"type": "path"},
-        },
+        argument_spec=ARGUMENT_SPEC,
         supports_check_mode=True,
     )
     run_module(module, run)

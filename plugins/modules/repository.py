@@ -96,6 +96,13 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrErr
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import Chapter, create
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import valid_segment_size
 
+ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
+    **repository_argument_spec(),
+    "system_identifier": {"type": "str", "required": True},
+    "postgresql_version": {"type": "int", "required": True},
+    "wal_segment_size": {"type": "int", "default": 16777216},
+}
+
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Create or validate."""
@@ -117,12 +124,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(
-        argument_spec={
-            **repository_argument_spec(),
-            "system_identifier": {"type": "str", "required": True},
-            "postgresql_version": {"type": "int", "required": True},
-            "wal_segment_size": {"type": "int", "default": 16777216},
-        },
+        argument_spec=ARGUMENT_SPEC,
         supports_check_mode=True,
     )
     run_module(module, run)

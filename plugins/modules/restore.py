@@ -246,6 +246,25 @@ TARGET_OPTIONS: dict[str, dict[str, Any]] = {
     "recovery_target_action": {"type": "str", "choices": ["promote", "pause", "shutdown"], "default": "promote"},
 }
 
+ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
+    **repository_argument_spec(),
+    "bin_dir": {"type": "path", "required": True},
+    **TARGET_OPTIONS,
+    "state": {"type": "str", "choices": ["present", "undone"], "default": "present"},
+    "pgdata": {"type": "path", "required": True},
+    "config_dir": {"type": "path"},
+    "backup": {"type": "str", "default": "auto"},
+    "tablespace_mapping": {"type": "dict", "default": {}},
+    "archive_after": {"type": "str", "choices": list(ARCHIVE_AFTER), "default": "none-until-promoted"},
+    "wal_command": {"type": "path", "required": True},
+    "force": {"type": "bool", "default": False},
+    "keep_unaccepted": {"type": "bool", "default": True},
+    "moved_aside": {"type": "path"},
+    "verify": {"type": "bool", "default": True},
+    "defer_above": {"type": "int"},
+}
+REQUIRED_IF = [("state", "undone", ["moved_aside"])]
+
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Plan, and outside check mode restore."""
@@ -289,25 +308,9 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(
-        argument_spec={
-            **repository_argument_spec(),
-            "bin_dir": {"type": "path", "required": True},
-            **TARGET_OPTIONS,
-            "state": {"type": "str", "choices": ["present", "undone"], "default": "present"},
-            "pgdata": {"type": "path", "required": True},
-            "config_dir": {"type": "path"},
-            "backup": {"type": "str", "default": "auto"},
-            "tablespace_mapping": {"type": "dict", "default": {}},
-            "archive_after": {"type": "str", "choices": list(ARCHIVE_AFTER), "default": "none-until-promoted"},
-            "wal_command": {"type": "path", "required": True},
-            "force": {"type": "bool", "default": False},
-            "keep_unaccepted": {"type": "bool", "default": True},
-            "moved_aside": {"type": "path"},
-            "verify": {"type": "bool", "default": True},
-            "defer_above": {"type": "int"},
-        },
+        argument_spec=ARGUMENT_SPEC,
         supports_check_mode=True,
-        required_if=[("state", "undone", ["moved_aside"])],
+        required_if=REQUIRED_IF,
     )
     run_module(module, run)
 

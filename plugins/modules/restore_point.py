@@ -93,6 +93,13 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.probe import Probe
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 from ansible_collections.pgdrill.pitr.plugins.module_utils.target import MAX_NAME_BYTES
 
+ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
+    **login_argument_spec(),
+    **repository_argument_spec(),
+    "name": {"type": "str", "required": True},
+    "timeout": {"type": "int", "default": 60},
+}
+
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Create and wait."""
@@ -109,12 +116,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(
-        argument_spec={
-            **login_argument_spec(),
-            **repository_argument_spec(),
-            "name": {"type": "str", "required": True},
-            "timeout": {"type": "int", "default": 60},
-        },
+        argument_spec=ARGUMENT_SPEC,
         supports_check_mode=True,
     )
     run_module(module, run)

@@ -44,6 +44,12 @@ options:
       - Settings by name. Booleans become C(on) and C(off).
     type: dict
     required: true
+  reload:
+    description:
+      - Let a running server read its files again even when the settings have not changed, for example after a change
+        of C(pg_hba.conf).
+    type: bool
+    default: false
 author:
   - pgdrill.pitr contributors (@pgdrill)
 """
@@ -102,6 +108,15 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery_conf import INCLUDE_DIR
 from ansible_collections.pgdrill.pitr.plugins.module_utils.settings import apply, render, write
 
+ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
+    **login_argument_spec(),
+    "config_dir": {"type": "path", "required": True},
+    "pgdata": {"type": "path"},
+    "file": {"type": "str", "default": "50-pitr.conf"},
+    "settings": {"type": "dict", "required": True},
+    "reload": {"type": "bool", "default": False},
+}
+
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Write, reload, ask."""
@@ -112,7 +127,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     running = running_pid(params["pgdata"] or config_dir) is not None
     pending: list[str] = []
     if running:
-        pending = apply(Login.from_params(params), changed and not module.check_mode)
+        pending = apply(Login.from_params(params), (changed or params["reload"]) and not module.check_mode)
     path = os.path.join(config_dir, INCLUDE_DIR, params["file"])
     result: dict[str, Any] = {"changed": changed, "path": path, "running": running, "pending_restart": pending}
     if module._diff:
@@ -123,13 +138,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(
-        argument_spec={
-            **login_argument_spec(),
-            "config_dir": {"type": "path", "required": True},
-            "pgdata": {"type": "path"},
-            "file": {"type": "str", "default": "50-pitr.conf"},
-            "settings": {"type": "dict", "required": True},
-        },
+        argument_spec=ARGUMENT_SPEC,
         supports_check_mode=True,
     )
     run_module(module, run)

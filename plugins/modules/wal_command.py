@@ -95,6 +95,13 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repos
 from ansible_collections.pgdrill.pitr.plugins.module_utils.install import COMMAND, install
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import shell_command
 
+ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
+    **repository_argument_spec(),
+    "directory": {"type": "path", "required": True},
+    "compression": {"type": "str", "default": "auto"},
+    "python": {"type": "path"},
+}
+
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Install."""
@@ -112,12 +119,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(
-        argument_spec={
-            **repository_argument_spec(),
-            "directory": {"type": "path", "required": True},
-            "compression": {"type": "str", "default": "auto"},
-            "python": {"type": "path"},
-        },
+        argument_spec=ARGUMENT_SPEC,
         supports_check_mode=True,
     )
     run_module(module, run)

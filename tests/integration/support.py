@@ -4,8 +4,8 @@
 
 """Real servers for the integration tests: a cluster, an archived primary, a restored copy.
 
-One row of one table, ``status``, is rewritten in every phase of a primary's life. Which phase a restore has landed on is
-then one word, and a target is exact or it is not.
+One row of one table, ``status``, is rewritten in every phase of a primary's life. Which phase a restore has landed on
+is then one word, and a target is exact or it is not.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ class Server:
     def __init__(self, bin_dir: str, data: Path) -> None:
         self.bin_dir = bin_dir
         self.data = data
+        # Where postgresql.conf is, when it is not in the data directory.
+        self.config: Path | None = None
         self.log = data.parent / (data.name + ".log")
         # The path of a socket has at most 107 bytes.
         place = tempfile.gettempdir()
@@ -90,15 +92,17 @@ class Server:
         )
 
     def start(self, wait: bool = True, options: str = "") -> None:
-        argv = [os.path.join(self.bin_dir, "pg_ctl"), "start", "-s", "-D", str(self.data), "-l", str(self.log)]
+        place = str(self.config or self.data)
+        argv = [os.path.join(self.bin_dir, "pg_ctl"), "start", "-s", "-D", place, "-l", str(self.log)]
         argv += ["-o", f"-k {self.socket} -p {self.PORT} {options}", "-w" if wait else "-W"]
+        logged = len(self.log_text())
         # Not captured: the server would hold the pipe open for as long as it lives.
         code = subprocess.run(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False
         ).returncode
         assert code == 0, f"{self.data} does not start:\n{self.log_text()[-3000:]}"
         # Without -w pg_ctl returns before the server has taken the directory.
-        until(lambda: wait or self.log.exists() and "starting PostgreSQL" in self.log_text(), "the server's first line")
+        until(lambda: wait or "starting PostgreSQL" in self.log_text()[logged:], "the server's first line")
 
     def stop(self, mode: str = "fast") -> None:
         if (self.data / "postmaster.pid").exists():
@@ -250,6 +254,7 @@ class Restored:
         self.plan = restore.plan()
         self.result: Result = restore.execute(self.plan)
         self.server = Server(storage.bin_dir, data)
+        self.server.config = Path(self.request.config_dir) if self.request.config_dir else None
         self.recovery = Recovery(
             self.server.login, str(data), storage.bin_dir, self.request.config_dir, str(self.server.log)
         )
@@ -299,7 +304,8 @@ class Sandbox(Storage):
         """Write the next phase."""
         with self.server.connection() as connection:
             query(connection, "BEGIN")
-            xid = int(query(connection, "UPDATE status SET phase = %s RETURNING pg_current_xact_id()::text", (phase,))[0][0])
+            query(connection, "UPDATE status SET phase = %s", (phase,))
+            xid = int(query(connection, "SELECT pg_current_xact_id()::text")[0][0])
             start = Lsn.parse(query(connection, "SELECT pg_current_wal_insert_lsn()::text")[0][0])
             query(connection, "COMMIT")
             when, end = query(

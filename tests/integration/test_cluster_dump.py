@@ -11,20 +11,18 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.pgdrill.pitr.plugins.module_utils.dump import Request, Result, load_index, perform
+from ansible_collections.pgdrill.pitr.plugins.module_utils.dump import Request, Result, load_index, perform, take
 from ansible_collections.pgdrill.pitr.plugins.module_utils.dumpparse import Indexer
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery_conf import FILE, INCLUDE_DIR
-
-PORT = 5432  # of a socket in a directory of its own
+from ansible_collections.pgdrill.pitr.tests.integration.support import Server, until
 
 SCHEMA = """
 CREATE ROLE app LOGIN PASSWORD 'first secret';
@@ -48,7 +46,7 @@ SELECT nextval('up') FROM generate_series(1, 3);
 CREATE SEQUENCE down INCREMENT BY -3 MAXVALUE 1000 START 900;
 SELECT nextval('down') FROM generate_series(1, 3);
 CREATE SEQUENCE fresh;
-CREATE FUNCTION look_alike() RETURNS text LANGUAGE sql AS $f$SELECT '
+CREATE FUNCTION look_alike() RETURNS text LANGUAGE sql AS $f$SELECT ';
 --
 -- Name: up; Type: SEQUENCE SET; Schema: public; Owner: postgres
 --
@@ -58,128 +56,96 @@ SELECT pg_catalog.setval(''"public"."up"'', 11, true);
 SELECT lo_from_bytea(4242, '\\x00112233');
 """
 
+SETTINGS = (
+    "listen_addresses = ''",
+    "fsync = off",
+    "autovacuum = off",
+    "shared_buffers = 16MB",
+    "min_wal_size = 2MB",
+    "allow_in_place_tablespaces = on",
+)
+
 HBA = """
 local all boss scram-sha-256
 local all all trust
 """
 
 
-class Server:
-    """A cluster in a directory of its own, reachable through a socket beside it."""
+class Cluster(Server):
+    """A server that can be dumped. Where it lives is written in its files, too: that must not count."""
 
-    def __init__(self, bin_dir: str, folder: Path) -> None:
-        self.bin_dir = bin_dir
-        self.data = folder / "data"
-        self.folder = folder
-        # The path of a socket has at most 107 bytes.
-        self.socket = tempfile.mkdtemp(prefix="pitr-", dir="/tmp")
+    def __init__(self, bin_dir: str, folder: Path, template: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        super().__init__(bin_dir, folder / "data")
+        shutil.copytree(template, self.data, symlinks=True)
+        self.configure(f"unix_socket_directories = '{self.socket}'")
 
-    @property
-    def login(self) -> Login:
-        return Login(unix_socket=self.socket, port=PORT)
-
-    def run(self, program: str, *arguments: str, text: str = "") -> str:
-        argv = [os.path.join(self.bin_dir, program), *arguments]
-        result = subprocess.run(argv, input=text, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, f"{argv}: {result.stdout}{result.stderr}"
-        return result.stdout
-
-    def psql(self, sql: str, db: str = "shop") -> str:
-        arguments = ["-X", "-q", "-t", "-A", "-v", "ON_ERROR_STOP=1", "-h", self.socket, "-p", str(PORT)]
-        return self.run("psql", *arguments, "-U", "postgres", "-d", db, text=sql).strip()
-
-    def start(self) -> None:
-        # Where it lives is written in the file, too: it must not count.
+    def configure(self, *lines: str) -> None:
         with open(self.data / "postgresql.conf", "a", encoding="utf-8") as stream:
-            stream.write(f"unix_socket_directories = '{self.socket}'\nlisten_addresses = ''\n")
-        log = str(self.folder / "log")
-        argv = [os.path.join(self.bin_dir, "pg_ctl"), "start", "-w", "-s", "-D", str(self.data), "-l", log]
-        options = f"-p {PORT} -c fsync=off -c allow_in_place_tablespaces=on"
-        result = subprocess.run([*argv, "-o", options], stdout=subprocess.DEVNULL, check=False)
-        assert result.returncode == 0, Path(log).read_text(encoding="utf-8")
+            stream.writelines(f"{line}\n" for line in lines)
 
-    def stop(self, mode: str = "fast") -> None:
-        if (self.data / "postmaster.pid").exists():
-            self.run("pg_ctl", "stop", "-w", "-s", "-D", str(self.data), "-m", mode)
+    def psql(self, script: str, db: str = "shop") -> str:
+        argv = [os.path.join(self.bin_dir, "psql"), "-X", "-q", "-t", "-A", "-v", "ON_ERROR_STOP=1"]
+        argv += ["-h", self.socket, "-p", str(self.PORT), "-U", "postgres", "-d", db]
+        result = subprocess.run(argv, input=script, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
 
     def dump(self, **options: Any) -> Result:
         return perform(Request(**{"login": self.login, "bin_dir": self.bin_dir, **options}))
 
-    def close(self) -> None:
-        self.stop("immediate")
-        shutil.rmtree(self.socket)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="session")
-def bin_dir() -> str:
-    if os.geteuid() == 0:
-        pytest.skip("PostgreSQL does not run as root; `make test` runs the tests as another user")
-    value = os.environ.get("PGDRILL_TEST_BIN_DIR")
-    if not value:
-        pytest.skip("PGDRILL_TEST_BIN_DIR is not set; `make test` sets it")
-    return value
-
 
 @pytest.fixture(scope="module")
-def stopped(bin_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str]]:
-    """A stopped cluster, and the path of its dump: the truth."""
+def stopped(bin_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """The directory of a stopped cluster, and the path of its dump: the truth."""
     folder = tmp_path_factory.mktemp("truth")
-    server = Server(bin_dir, folder)
+    # The shared template has no databases but postgres.
+    arguments = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "-N", "-k", "--wal-segsize=1"]
+    initdb = [os.path.join(bin_dir, "initdb"), "-D", str(folder / "initdb"), *arguments]
+    subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL)
+    cluster = Cluster(bin_dir, folder, folder / "initdb")
     try:
-        server.run("initdb", "-D", str(server.data), "-U", "postgres", "-A", "trust", "-N", "--no-instructions")
-        (server.data / "pg_hba.conf").write_text(HBA, encoding="utf-8")
-        server.start()
-        server.psql(SCHEMA, "postgres")
-        server.psql("CHECKPOINT")
+        (cluster.data / "pg_hba.conf").write_text(HBA, encoding="utf-8")
+        cluster.configure(*SETTINGS)
+        cluster.start()
+        cluster.psql(SCHEMA, "postgres")
         truth = str(folder / "truth")
-        server.dump(path=truth)
-        server.stop()
-        yield server, truth
+        cluster.dump(path=truth)
+        cluster.stop()
+        yield cluster.data, truth
     finally:
-        server.close()
+        cluster.close()
 
 
 @pytest.fixture
-def truth(stopped: tuple[Server, str]) -> str:
+def truth(stopped: tuple[Path, str]) -> str:
     return stopped[1]
 
 
 @pytest.fixture
-def copies(stopped: tuple[Server, str], tmp_path: Path) -> Iterator[Callable[[], Server]]:
-    """Makes copies of the cluster that are not started yet."""
-    made: list[Server] = []
-
-    def copy() -> Server:
-        folder = tmp_path / f"copy{len(made)}"
-        server = Server(stopped[0].bin_dir, folder)
-        made.append(server)
-        shutil.copytree(stopped[0].data, server.data, symlinks=True)
-        return server
-
-    yield copy
-    for server in made:
-        server.close()
+def copy(bin_dir: str, stopped: tuple[Path, str], tmp_path: Path) -> Iterator[Cluster]:
+    """A copy of the cluster that is not started yet."""
+    cluster = Cluster(bin_dir, tmp_path / "copy", stopped[0])
+    yield cluster
+    cluster.close()
 
 
 @pytest.fixture
-def restored(copies: Callable[[], Server]) -> Server:
+def restored(copy: Cluster) -> Cluster:
     """A running copy of the cluster."""
-    server = copies()
-    server.start()
-    return server
+    copy.start()
+    return copy
 
 
 @pytest.fixture(scope="module")
-def living(stopped: tuple[Server, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A running copy that all tests change, each with a truth of its own."""
-    server = Server(stopped[0].bin_dir, tmp_path_factory.mktemp("living"))
+def living(bin_dir: str, stopped: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A running copy that many tests change, each with a truth of its own."""
+    cluster = Cluster(bin_dir, tmp_path_factory.mktemp("living"), stopped[0])
     try:
-        shutil.copytree(stopped[0].data, server.data, symlinks=True)
-        server.start()
-        yield server
+        cluster.start()
+        yield cluster
     finally:
-        server.close()
+        cluster.close()
 
 
 def told(result: Result) -> list[tuple[str, str, str]]:
@@ -192,7 +158,7 @@ def explained(result: Result) -> dict[str, tuple[str, str]]:
     return {item.object: (item.truth, item.restored) for item in result.compared.comparison.explained}
 
 
-def test_a_copy_of_the_cluster_is_identical(restored: Server, truth: str) -> None:
+def test_a_copy_of_the_cluster_is_identical(restored: Cluster, truth: str) -> None:
     result = restored.dump(compare_to=truth)
     assert told(result) == [] and explained(result) == {}
     assert result.index.fingerprint == load_index(truth).fingerprint
@@ -231,7 +197,7 @@ def test_a_copy_of_the_cluster_is_identical(restored: Server, truth: str) -> Non
         ("\\connect template1\nCREATE TABLE t ()", ("template1", "extra", "TABLE public.t")),
     ],
 )
-def test_one_change_is_found_by_name(living: Server, tmp_path: Path, sql: str, expected: tuple[str, str, str]) -> None:
+def test_one_change_is_found_by_name(living: Cluster, tmp_path: Path, sql: str, expected: tuple[str, str, str]) -> None:
     before = str(tmp_path / "before")
     living.dump(path=before)
     living.psql(sql)
@@ -242,7 +208,7 @@ def test_one_change_is_found_by_name(living: Server, tmp_path: Path, sql: str, e
     assert len(found) <= 3, found
 
 
-def test_the_row_that_differs_is_shown(restored: Server, truth: str) -> None:
+def test_the_row_that_differs_is_shown(restored: Cluster, truth: str) -> None:
     restored.psql("UPDATE item SET v = 'Row 500' WHERE id = 500")
     result = restored.dump(compare_to=truth)
     assert result.compared is not None
@@ -250,10 +216,10 @@ def test_the_row_that_differs_is_shown(restored: Server, truth: str) -> None:
     # An update writes the row anew at the end, so the first row that differs is the one behind it.
     assert difference.truth.startswith("500\trow 500\t2026-01-01 08:20:00+00\t")
     assert difference.restored.startswith("501\trow 501\t")
-    assert difference.line == difference.restored_line is not None
+    assert difference.line == difference.restored_line
 
 
-def test_no_password_and_no_hash_is_shown(restored: Server, truth: str) -> None:
+def test_no_password_and_no_hash_is_shown(restored: Cluster, truth: str) -> None:
     hashes = [restored.psql("SELECT rolpassword FROM pg_authid WHERE rolname = 'app'")]
     restored.psql("ALTER ROLE app PASSWORD 'other secret'")
     hashes.append(restored.psql("SELECT rolpassword FROM pg_authid WHERE rolname = 'app'"))
@@ -272,7 +238,7 @@ def test_no_password_and_no_hash_is_shown(restored: Server, truth: str) -> None:
         assert secret not in text
 
 
-def test_lines_of_the_host_based_authentication_count(restored: Server, truth: str) -> None:
+def test_lines_of_the_host_based_authentication_count(restored: Cluster, truth: str) -> None:
     hba = restored.data / "pg_hba.conf"
     with open(hba, "a", encoding="utf-8") as stream:
         stream.write("host all all 10.0.0.0/8 md5\n")
@@ -286,11 +252,10 @@ def test_lines_of_the_host_based_authentication_count(restored: Server, truth: s
     assert told(restored.dump(compare_to=truth)) == [("(cluster)", "order", "HBA RULE local all boss scram-sha-256")]
 
 
-def test_settings_of_the_recovery_and_of_the_place_do_not_count(restored: Server, truth: str) -> None:
+def test_settings_of_the_recovery_and_of_the_place_do_not_count(restored: Cluster, truth: str) -> None:
     (restored.data / INCLUDE_DIR).mkdir(exist_ok=True)
     (restored.data / INCLUDE_DIR / FILE).write_text("max_connections = 500\nwork_mem = '1MB'\n", encoding="utf-8")
-    with open(restored.data / "postgresql.conf", "a", encoding="utf-8") as stream:
-        stream.write(f"include_dir = '{INCLUDE_DIR}'\nport = 7777\nexternal_pid_file = '/tmp/x'\n")
+    restored.configure(f"include_dir = '{INCLUDE_DIR}'", "port = 7777", "external_pid_file = '/tmp/x'")
     for name in ("archive_mode = on", "restore_command = 'x'", "recovery_target_time = '2026-01-01 00:00:00+00'"):
         restored.psql(f"ALTER SYSTEM SET {name}")
     assert told(restored.dump(compare_to=truth)) == []
@@ -298,7 +263,7 @@ def test_settings_of_the_recovery_and_of_the_place_do_not_count(restored: Server
     assert told(restored.dump(compare_to=truth)) == [("(cluster)", "changed", "SETTING max_connections")]
 
 
-def test_how_far_a_sequence_may_be_ahead(restored: Server, truth: str) -> None:
+def test_how_far_a_sequence_may_be_ahead(restored: Cluster, truth: str) -> None:
     """Sequence, its value in the truth, its increment."""
     for sequence, value, increment in (("up", 11, 5), ("down", 894, -3), ("item_id_seq", 1000, 1)):
         label = f"SEQUENCE SET public.{sequence}"
@@ -315,13 +280,13 @@ def test_how_far_a_sequence_may_be_ahead(restored: Server, truth: str) -> None:
     assert told(restored.dump(compare_to=truth)) == [("shop", "changed", "SEQUENCE SET public.fresh")]
 
 
-def test_a_function_body_that_looks_like_a_sequence_is_not_excused(restored: Server, truth: str) -> None:
+def test_a_function_body_that_looks_like_a_sequence_is_not_excused(restored: Cluster, truth: str) -> None:
     body = restored.psql("SELECT pg_get_functiondef('look_alike()'::regprocedure)")
     restored.psql(body.replace("11, true", "16, true"))
     assert told(restored.dump(compare_to=truth)) == [("shop", "changed", "FUNCTION public.look_alike()")]
 
 
-def test_a_real_crash_makes_explained_differences_only(restored: Server, tmp_path: Path) -> None:
+def test_a_real_crash_makes_explained_differences_only(restored: Cluster, tmp_path: Path) -> None:
     restored.psql("CHECKPOINT")
     restored.psql("SELECT nextval('up'); SELECT nextval('down'); SELECT nextval('fresh'); SELECT txid_current()")
     before = str(tmp_path / "before")
@@ -339,8 +304,8 @@ def test_a_real_crash_makes_explained_differences_only(restored: Server, tmp_pat
     }
 
 
-def test_truth_from_a_standby(copies: Callable[[], Server], truth: str, tmp_path: Path) -> None:
-    standby = copies()
+def test_truth_from_a_standby(copy: Cluster, truth: str, tmp_path: Path) -> None:
+    standby = copy
     (standby.data / "standby.signal").touch()
     standby.start()
     from_standby = str(tmp_path / "standby")
@@ -349,10 +314,7 @@ def test_truth_from_a_standby(copies: Callable[[], Server], truth: str, tmp_path
     assert told(result) == [], "what cannot be read is explained"
     assert set(explained(result)) == {"TABLE DATA public.cache", "SEQUENCE SET public.cache_id_seq"}
     standby.psql("SELECT pg_promote()")
-    deadline = time.monotonic() + 60
-    while standby.psql("SELECT pg_is_in_recovery()") == "t":
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: standby.psql("SELECT pg_is_in_recovery()") == "f", "the promotion")
     result = standby.dump(compare_to=from_standby)
     assert told(result) == []
     assert set(explained(result)) == {"TABLE DATA public.cache", "SEQUENCE SET public.cache_id_seq"}
@@ -361,7 +323,7 @@ def test_truth_from_a_standby(copies: Callable[[], Server], truth: str, tmp_path
 
 
 def test_the_environment_of_the_caller_does_not_count(
-    restored: Server, truth: str, monkeypatch: pytest.MonkeyPatch
+    restored: Cluster, truth: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PGTZ", "Asia/Tokyo")
     monkeypatch.setenv("TZ", "Asia/Tokyo")
@@ -373,25 +335,24 @@ def test_the_environment_of_the_caller_does_not_count(
     assert told(restored.dump(compare_to=truth)) == []
 
 
-def test_the_time_zone_of_the_server_does_not_change_the_rows(restored: Server, truth: str) -> None:
-    with open(restored.data / "postgresql.conf", "a", encoding="utf-8") as stream:
-        stream.write("timezone = 'Asia/Tokyo'\n")
+def test_the_time_zone_of_the_server_does_not_change_the_rows(restored: Cluster, truth: str) -> None:
+    restored.configure("timezone = 'Asia/Tokyo'")
     restored.psql("SELECT pg_reload_conf()")
     assert told(restored.dump(compare_to=truth)) == [("(cluster)", "changed", "SETTING timezone")]
 
 
-def test_login_with_a_password(restored: Server, truth: str, tmp_path: Path) -> None:
-    login = Login(unix_socket=restored.socket, port=PORT, user="boss", password="very: \\secret")
+def test_login_with_a_password(restored: Cluster, truth: str, tmp_path: Path) -> None:
+    login = Login(unix_socket=restored.socket, port=Cluster.PORT, user="boss", password="very: \\secret")
     assert told(restored.dump(login=login, compare_to=truth)) == []
-    wrong = Login(unix_socket=restored.socket, port=PORT, user="boss", password="wrong secret")
+    wrong = Login(unix_socket=restored.socket, port=Cluster.PORT, user="boss", password="wrong secret")
     with pytest.raises(PitrError) as raised:
         restored.dump(login=wrong, path=str(tmp_path / "kept"))
     assert "secret" not in str(raised.value)
     assert not list(tmp_path.glob("*kept*"))
 
 
-def test_a_role_that_may_not_read_everything_is_refused(restored: Server, tmp_path: Path) -> None:
-    app = Login(unix_socket=restored.socket, port=PORT, user="app")
+def test_a_role_that_may_not_read_everything_is_refused(restored: Cluster, tmp_path: Path) -> None:
+    app = Login(unix_socket=restored.socket, port=Cluster.PORT, user="app")
     with pytest.raises(PitrError, match="permission denied"):
         restored.dump(login=app, path=str(tmp_path / "kept"))
     assert not list(tmp_path.glob("*kept*"))
@@ -400,7 +361,7 @@ def test_a_role_that_may_not_read_everything_is_refused(restored: Server, tmp_pa
 # --- dumps that do not come to their end -----------------------------------------------------------------------------
 
 
-def program(server: Server, folder: Path, script: str) -> str:
+def program(server: Cluster, folder: Path, script: str) -> str:
     """A bin_dir whose pg_dumpall is this script; $REAL is the real one."""
     folder.mkdir()
     for name in os.listdir(server.bin_dir):
@@ -424,18 +385,27 @@ def program(server: Server, folder: Path, script: str) -> str:
     ],
 )
 def test_a_dump_that_is_not_whole_is_not_kept(
-    restored: Server, truth: str, tmp_path: Path, script: str, message: str
+    restored: Cluster, truth: str, tmp_path: Path, script: str, message: str
 ) -> None:
     bin_dir = program(restored, tmp_path / "bin", script)
     with pytest.raises(PitrError, match=message):
         restored.dump(bin_dir=bin_dir, path=str(tmp_path / "kept"))
     with pytest.raises(PitrError, match=message):
         restored.dump(bin_dir=bin_dir, compare_to=truth)
+    with pytest.raises(PitrError, match=message):
+        take(restored.login, bin_dir, str(tmp_path / "kept"))
     assert not list(tmp_path.glob("*kept*")) and not list(Path(truth).parent.glob(".*"))
 
 
+def is_gone(pid: str) -> bool:
+    try:
+        return " Z " in Path(f"/proc/{pid}/stat").read_text(encoding="ascii")
+    except FileNotFoundError:
+        return True
+
+
 def test_an_interrupt_ends_pg_dumpall_and_its_children(
-    restored: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    restored: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pids = tmp_path / "pids"
     script = f"sleep 600 & echo $$ $! > {pids}; echo; wait"
@@ -451,10 +421,7 @@ def test_an_interrupt_ends_pg_dumpall_and_its_children(
     with pytest.raises(KeyboardInterrupt):
         restored.dump(bin_dir=bin_dir, path=str(tmp_path / "kept"))
     for pid in pids.read_text(encoding="ascii").split():
-        deadline = time.monotonic() + 5
-        while os.path.exists(f"/proc/{pid}") and " Z " not in Path(f"/proc/{pid}/stat").read_text(encoding="ascii"):
-            assert time.monotonic() < deadline, f"{pid} is still there"
-            time.sleep(0.05)
+        until(partial(is_gone, pid), f"the end of process {pid}")
     assert not list(tmp_path.glob("*kept*"))
 
 
@@ -471,7 +438,7 @@ print(json.dumps({**result.to_dict(path), "rss": kilobytes * 1024}))
 """
 
 
-def test_memory_does_not_grow_with_the_rows(restored: Server, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_rows(restored: Cluster, tmp_path: Path) -> None:
     restored.psql("CREATE TABLE big AS SELECT i, repeat('x', 100) AS v FROM generate_series(1, 700000) i")
     restored.psql("CREATE TABLE wide AS SELECT repeat('y', 30000000) AS v")
 
@@ -495,7 +462,7 @@ def test_memory_does_not_grow_with_the_rows(restored: Server, tmp_path: Path) ->
 # --- the module ------------------------------------------------------------------------------------------------------
 
 
-def module(server: Server, check_mode: bool = False, **options: Any) -> tuple[int, dict[str, Any]]:
+def module(server: Cluster, check_mode: bool = False, **options: Any) -> tuple[int, dict[str, Any]]:
     """Exit code and result of the module, as Ansible runs it."""
     arguments = {"login_unix_socket": server.socket, "bin_dir": server.bin_dir, "_ansible_check_mode": check_mode}
     name = "ansible_collections.pgdrill.pitr.plugins.modules.cluster_dump"
@@ -506,7 +473,7 @@ def module(server: Server, check_mode: bool = False, **options: Any) -> tuple[in
     return result.returncode, values
 
 
-def test_the_module_fails_on_a_difference_unless_told_otherwise(restored: Server, truth: str, tmp_path: Path) -> None:
+def test_the_module_fails_on_a_difference_unless_told_otherwise(restored: Cluster, truth: str, tmp_path: Path) -> None:
     code, values = module(restored, compare_to=truth)
     assert code == 0 and values["identical"] is True and values["changed"] is False
     restored.psql("DELETE FROM item WHERE id = 1000; DROP INDEX item_v")
@@ -519,7 +486,7 @@ def test_the_module_fails_on_a_difference_unless_told_otherwise(restored: Server
     assert code == 0 and values["identical"] is False and values["difference_count"] == 2
 
 
-def test_the_module_keeps_a_dump_once(restored: Server, tmp_path: Path) -> None:
+def test_the_module_keeps_a_dump_once(restored: Cluster, tmp_path: Path) -> None:
     path = str(tmp_path / "kept")
     code, values = module(restored, check_mode=True, path=path)
     assert code == 0 and values["changed"] is True and values["path"] == "" and not os.path.exists(path)

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What a restore refuses: by name, all of it at once, and before a byte of the data directory or the repository changes."""
+"""What a restore refuses: by name, all of it at once, and before a byte of data directory or repository changes."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_damaged_description_of_a_backup_is_named(broken: Storage, nowhere: Path
     }[damage]
     path.write_text(changed, encoding="utf-8")
     before = fingerprint(nowhere.parent, broken.repository)
-    with pytest.raises(PitrError, match="backup.json"):
+    with pytest.raises(PitrError, match=r"backup\.json"):
         broken.plan(nowhere)
     assert fingerprint(nowhere.parent, broken.repository) == before
 
@@ -329,9 +329,7 @@ def test_backup_without_its_own_wal_is_refused(history: History, broken: Storage
     assert missing.name in messages[0] and "cannot be made consistent" in messages[0]
 
 
-def test_tail_that_is_missing_makes_targets_in_it_unreachable(
-    history: History, broken: Storage, nowhere: Path
-) -> None:
+def test_tail_that_is_missing_makes_targets_in_it_unreachable(history: History, broken: Storage, nowhere: Path) -> None:
     first = broken.segment(history.commit("third 2").start).name
     for path in broken.segments():
         if path.name >= first:

@@ -22,21 +22,24 @@ if TYPE_CHECKING:
 
 Restore = Callable[..., Restored]
 TICK = datetime.timedelta(microseconds=1)
+NONE = datetime.timedelta(0)
+# Makes the target from the history, whose figures are known only when it has been lived.
+Target = Callable[["History"], dict[str, Any]]
 
 
-def _time(phase: str, shift: datetime.timedelta = datetime.timedelta(0), **more: Any) -> Callable[[History], dict[str, Any]]:
+def _time(phase: str, shift: datetime.timedelta = NONE, **more: Any) -> Target:
     return lambda history: {"recovery_target_time": format_time(history.commit(phase).time + shift), **more}
 
 
-def _xid(phase: str, **more: Any) -> Callable[[History], dict[str, Any]]:
+def _xid(phase: str, **more: Any) -> Target:
     return lambda history: {"recovery_target_xid": str(history.commit(phase).xid), **more}
 
 
-def _start(phase: str, **more: Any) -> Callable[[History], dict[str, Any]]:
+def _start(phase: str, **more: Any) -> Target:
     return lambda history: {"recovery_target_lsn": str(history.commit(phase).start), **more}
 
 
-def _end(phase: str, **more: Any) -> Callable[[History], dict[str, Any]]:
+def _end(phase: str, **more: Any) -> Target:
     return lambda history: {"recovery_target_lsn": str(history.commit(phase).end), **more}
 
 

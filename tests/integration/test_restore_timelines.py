@@ -130,12 +130,11 @@ def test_transaction_is_found_on_the_branch_that_was_asked_for(
 
 def test_lsn_means_another_row_on_another_timeline(branches: Branches, restored: Restore) -> None:
     # The branches have WAL at the same positions.
-    start = str(branches.commits["b1"].start)
-    assert branches.commits["a3"].start >= branches.commits["b1"].start
-    on_one = {"recovery_target_lsn": start, "recovery_target_inclusive": False, "recovery_target_timeline": "1"}
-    assert restored(branches.storage, on_one).run().phase == "a2"
-    after = {"recovery_target_lsn": str(branches.commits["b2"].start), "recovery_target_timeline": "2"}
-    assert restored(branches.storage, after).run().phase == "b2"
+    start = branches.commits["b1"].start
+    assert branches.commits["a3"].end < start < branches.commits["a4"].start
+    options = {"recovery_target_lsn": str(start), "recovery_target_inclusive": False}
+    assert restored(branches.storage, {**options, "recovery_target_timeline": "1"}).run().phase == "a3"
+    assert restored(branches.storage, {**options, "recovery_target_timeline": "2"}).run().phase == "a2"
 
 
 def test_transaction_of_an_abandoned_branch_is_not_in_the_newest_timeline(branches: Branches, tmp_path: Path) -> None:
@@ -179,6 +178,46 @@ def test_first_segment_of_a_timeline_is_missed_when_later_ones_are_there(branche
     with pytest.raises(RefusedError, match=first.name) as caught:
         storage.plan(tmp_path / "none", backup="first")
     assert [item.code for item in caught.value.refusals] == ["archive_gap"]
+
+
+def test_recovery_that_ends_before_its_timeline_began_leaves_an_archive_that_can_be_restored(
+    bin_dir: str, template: Path, tmp_path: Path, restored: Restore
+) -> None:
+    """PostgreSQL then writes a history file whose positions do not ascend, and goes on archiving.
+
+    The switch lies in another segment than the one that the history file tells for its parent.
+    """
+    sandbox = Sandbox(bin_dir, tmp_path / "sandbox", template)
+    first = sandbox.server
+    try:
+        first.start()
+        sandbox.backup("only")
+        sandbox.commit("one")
+        early = sandbox.commit("early")
+        sandbox.fill(2)
+        late = sandbox.commit("late")
+        sandbox.probe()
+        first.stop()
+        two = restored(sandbox, {"recovery_target_xid": str(late.xid)}, archive_after="same").run()
+        two.recovery.accept()
+        sandbox.server = two.server
+        sandbox.probe()
+        two.server.stop()
+        three = restored(sandbox, {"recovery_target_xid": str(early.xid)}, archive_after="same").run()
+        assert three.phase == "early"
+        three.recovery.accept()
+        sandbox.server = three.server
+        text = (sandbox.archive / "00000003.history").read_text(encoding="utf-8")
+        assert [line.split()[1] for line in text.splitlines() if line] == [str(late.end), str(early.end)]
+        sandbox.commit("after early")
+        sandbox.probe()
+        three.server.stop()
+        cluster = restored(sandbox).run()
+        assert cluster.plan.timeline == 3
+        assert [span.timeline for span in cluster.plan.spans] == [1, 3]
+        assert cluster.phase == "after early"
+    finally:
+        first.close()
 
 
 def test_damaged_history_file_is_named(branches: Branches, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import random
 import struct
 from pathlib import Path
 
-from ansible_collections.pgdrill.pitr.plugins.module_utils import repository
+from ansible_collections.pgdrill.pitr.plugins.module_utils import install, repository
 from ansible_collections.pgdrill.pitr.plugins.module_utils.catalog import Backup, StoredFile
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import Chapter, ClusterFolder
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import Lsn
@@ -120,3 +120,17 @@ def make_backup(
         verified="checksums",
         files=files,
     )
+
+
+def interpreters() -> list[str]:
+    """Pythons on this host that the installed command may meet: the running one, the system's, and the oldest supported.
+
+    Version managers keep theirs below a directory of the user; what cannot be executed is left out.
+    """
+    candidates = [install.interpreter(), "/usr/bin/python3"]
+    candidates += sorted(map(str, Path("~").expanduser().glob(".pyenv/versions/3.9.*/bin/python3.9")))[-1:]
+    found: dict[str, str] = {}
+    for candidate in candidates:
+        if os.access(candidate, os.X_OK):
+            found.setdefault(os.path.realpath(candidate), candidate)
+    return list(found.values())

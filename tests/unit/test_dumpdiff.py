@@ -186,7 +186,10 @@ def test_any_other_position_of_a_sequence_is_a_difference(old: bytes, new: bytes
 
 def test_the_increment_is_the_one_of_the_truth() -> None:
     restored = changed((b"INCREMENT BY 5", b"INCREMENT BY 1"), (setval(1, "true"), setval(2, "true")))
-    assert [label for _, _, label in told(compared(restored))] == ["SEQUENCE public.s", "SEQUENCE SET public.s"]
+    assert [label for _database, _kind, label in told(compared(restored))] == [
+        "SEQUENCE public.s",
+        "SEQUENCE SET public.s",
+    ]
 
 
 def test_a_sequence_of_another_owner_is_not_explained() -> None:
@@ -197,7 +200,7 @@ def test_a_sequence_of_another_owner_is_not_explained() -> None:
 
 
 def test_what_only_looks_like_a_sequence_is_not_explained() -> None:
-    fake = b"\n--\n-- Name: s; Type: SEQUENCE SET; Schema: public; Owner: postgres\n--\n\n"
+    fake = b"\n;\n--\n-- Name: s; Type: SEQUENCE SET; Schema: public; Owner: postgres\n--\n\n"
     truth = changed((b"\nselect 'x\n", fake + setval(1, "true") + b"\nselect 'x\n"))
     restored = changed((b"\nselect 'x\n", fake + setval(6, "true") + b"\nselect 'x\n"))
     assert told(compared(restored, truth)) == [("d1", "changed", "FUNCTION public.f()")]
@@ -281,7 +284,10 @@ def test_a_truth_from_a_standby_lacks_what_is_unlogged() -> None:
     comparison = compared(reset, truth)
     assert comparison.identical and len(comparison.explained) == 5
     written = compared(TRUTH, truth)
-    assert [label for _, _, label in told(written)] == ["TABLE DATA public.u", "SEQUENCE SET public.u_id_seq"]
+    assert [label for _database, _kind, label in told(written)] == [
+        "TABLE DATA public.u",
+        "SEQUENCE SET public.u_id_seq",
+    ]
 
 
 def test_a_restored_cluster_in_recovery_lacks_what_is_unlogged() -> None:

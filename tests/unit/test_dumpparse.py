@@ -239,16 +239,16 @@ def test_where_a_dump_was_taken_does_not_count() -> None:
     "literal",
     [
         b"'it''s'",
-        b"E'it\\'s\n--\n'",
+        b"E'it\\'s;\n--\n'",
         b"E'\\\\'",
-        b"E'a''\\'\n--\n'",
+        b"E'a''\\';\n--\n'",
         b"'back\\'",
-        b"'\n--\n-- Name: fake; Type: TABLE; Schema: s; Owner: o\n--\n;\n'",
-        b"$$\n--\n-- Name: fake; Type: TABLE; Schema: s; Owner: o\n--\n'$$",
-        b"$_X$ $$ ' $_$ \n--\n-- Name: fake; Type: T; Schema: s; Owner: o\n--\n$_X$",
-        b'"odd\n--\n-- Name: fake; Type: T; Schema: s; Owner: o\n--\n"""',
+        b"';\n--\n-- Name: fake; Type: TABLE; Schema: s; Owner: o\n--\n;\n'",
+        b"$$;\n--\n-- Name: fake; Type: TABLE; Schema: s; Owner: o\n--\n'$$",
+        b"$_X$ $$ ' $_$ ;\n--\n-- Name: fake; Type: T; Schema: s; Owner: o\n--\n$_X$",
+        b'"odd;\n--\n-- Name: fake; Type: T; Schema: s; Owner: o\n--\n"""',
         b"\"a$$b\" a$b$c $1 'x'",
-        b'\'\nCOPY "s"."t" ("a") FROM stdin;\n1\n\'',
+        b'\';\nCOPY "s"."t" ("a") FROM stdin;\n1\n\'',
         b"U&'\\0041' B'1' X'ff'",
     ],
 )
@@ -258,7 +258,7 @@ def test_quotes_are_followed(literal: bytes) -> None:
 
 
 def test_without_standard_conforming_strings_a_backslash_escapes() -> None:
-    body = toc("f", "FUNCTION", b"SELECT 'a\\'\n--\n-- Name: fake; Type: T; Schema: s; Owner: o\n--\n';")
+    body = toc("f", "FUNCTION", b"SELECT 'a\\';\n--\n-- Name: fake; Type: T; Schema: s; Owner: o\n--\n';")
     assert labels(with_body(b"SET standard_conforming_strings = off;\n\n" + body)) == ["FUNCTION s.f"]
 
 
