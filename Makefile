@@ -47,8 +47,8 @@ build: ## the collection's archive
 install-check: ## build the collection, install it elsewhere, run a drill with what was installed
 	@$(SANDBOX) install-check --pg '$(PG)'
 
-bench: setup ## the drill's time beside that of the bare PostgreSQL commands
-	@$(IN_VENV) python benchmarks/bare_procedure.py $(ARGS)
+bench: ## the drill's time beside that of the bare PostgreSQL commands
+	@$(SANDBOX) run -- python benchmarks/drill_ratio.py --pg '$(PG)' $(ARGS)
 
 stop: ## stop the servers of the sandbox
 	@$(SANDBOX) stop

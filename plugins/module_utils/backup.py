@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import hashlib
 import os
 import re
@@ -194,15 +195,10 @@ class BaseBackup:
         with contextlib.closing(self._login.connect()) as connection:
             facts = self.check(connection)
             started_at: datetime.datetime = facts["now"]
-            label = self._label or started_at.astimezone(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ-full")
+            label, partial, lock = self._claim(started_at)
             final = os.path.join(self._folder.backups_path, label)
-            if os.path.exists(final):
-                label += f"-{os.urandom(2).hex()}"
-                final = os.path.join(self._folder.backups_path, label)
-            partial = os.path.join(self._folder.backups_path, f".{label}.partial")
-            make_directory(partial)
             try:
-                self._copy(connection, partial, label, facts)
+                self._copy(connection, partial, label, facts, lock)
                 stopped_at, next_xid = query(
                     connection, "SELECT clock_timestamp(), pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
                 )[0]
@@ -214,7 +210,29 @@ class BaseBackup:
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
+            finally:
+                os.close(lock)
         return backup
+
+    def _claim(self, started_at: datetime.datetime) -> tuple[str, str, int]:
+        """A label that is nobody else's, its hidden directory, and the lock that makes it ours.
+
+        The lock is shared with pg_basebackup, which outlives a kill of this process. What is there without a lock was
+        left behind, and is replaced.
+        """
+        base = self._label or started_at.astimezone(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ-full")
+        label = base
+        while True:
+            partial = os.path.join(self._folder.backups_path, f".{label}.partial")
+            lock = _lock(partial)
+            if lock is not None and not os.path.exists(os.path.join(self._folder.backups_path, label)):
+                return label, partial, lock
+            if lock is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+                os.close(lock)
+            if self._label:
+                raise PitrError(f"A backup '{label}' is being taken, or was just now. No other was taken.")
+            label = f"{base}-{os.urandom(2).hex()}"
 
     def _zip(self, facts: dict[str, Any]) -> str:
         """The -Z option: compression on the server, which also saves the network."""
@@ -228,7 +246,7 @@ class BaseBackup:
             detail += f",workers={min(4, os.cpu_count() or 1)}"
         return f"server-{name}:{detail}"
 
-    def _copy(self, connection: Any, target: str, label: str, facts: dict[str, Any]) -> None:
+    def _copy(self, connection: Any, target: str, label: str, facts: dict[str, Any], lock: int) -> None:
         argv = [binary(self._bin_dir, "pg_basebackup"), "-D", target, "-F", "tar", "-X", "none", "--no-password"]
         argv += ["-c", self._checkpoint, "-l", label, "-Z", self._zip(facts)]
         if self._max_rate:
@@ -237,7 +255,12 @@ class BaseBackup:
         with self._login.environment() as environment, tempfile.TemporaryFile() as complaints:
             environment["PGAPPNAME"] = application
             process = subprocess.Popen(
-                argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=complaints
+                argv,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=complaints,
+                pass_fds=(lock,),
             )
             try:
                 self._watch(connection, process, application)
@@ -361,6 +384,36 @@ class BaseBackup:
                     f" {self._folder.archive_path()}. It archives somewhere else. The backup was removed again."
                 )
             time.sleep(0.2)
+
+
+def _lock(directory: str) -> int | None:
+    """Create a directory and lock it, or empty one that nobody holds a lock of. None when somebody does.
+
+    Returns a descriptor; the lock lasts until every process that has it has closed it (flock(2)).
+    """
+    created = make_directory(directory)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        # Held by somebody; or a filesystem without locks, where only a directory that we have made is ours.
+        if created:
+            return descriptor
+        os.close(descriptor)
+        return None
+    try:
+        if not os.path.samestat(os.fstat(descriptor), os.stat(directory)):
+            raise FileNotFoundError
+    except FileNotFoundError:
+        # Its owner has removed or renamed it between the two calls.
+        os.close(descriptor)
+        return None
+    for name in os.listdir(directory):
+        os.unlink(os.path.join(directory, name))
+    return descriptor
 
 
 def _tablespaces(base_tar: str) -> tuple[Tablespace, ...]:

@@ -4,8 +4,7 @@
 
 """Takes the canonical dump of a running cluster, keeps it if asked to, and compares it with an earlier one.
 
-The dump is pg_dumpall's, with a preamble of comments for what pg_dumpall leaves out: settings and client
-authentication, as the files of the configuration say, and databases that refuse connections. psql can still run it.
+The dump is pg_dumpall's, behind the comments of :mod:`.dumppreamble`, so that psql can still run it.
 
 A stored dump is the file ``<path>`` and its index ``<path>.index.json``, which can be made again from the dump.
 """
@@ -14,38 +13,28 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import IO, Any, Optional
 
 from . import codec
 from .dumpdiff import Comparison, compare
 from .dumpindex import DumpIndex
-from .dumpparse import PREAMBLE, Indexer, index_of
+from .dumpparse import Indexer, index_of
+from .dumppreamble import preamble
 from .dumpshow import Difference, illustrate
 from .errors import PitrError
-from .postgres import Login, binary, query, run
-from .recovery_conf import FILE as RECOVERY_FILE
+from .postgres import Login, binary, run
 
 CHUNK = 1024 * 1024
 INDEX_SUFFIX = ".index.json"
 _F_SETPIPE_SZ = 1031  # fcntl.F_SETPIPE_SZ, which Python knows from 3.10 on
-
-# Where a cluster lives is not what it is.
-_LOCATION = frozenset(
-    ["config_file", "data_directory", "external_pid_file", "hba_file", "ident_file", "port", "unix_socket_directories"]
-)
-# What a restore must change, or a cluster that never archives into the archive it came from.
-_RESTORE = re.compile(
-    r"(archive_(mode|command|library|cleanup_command)|restore_command|recovery_.*|hot_standby|primary_(conninfo|slot_name))\Z"
-)
 
 
 @dataclass(frozen=True)
@@ -59,6 +48,8 @@ class Request:
     compression: str = "auto"
     max_differences: int = 20
     check_mode: bool = False
+    # Remove the truth once the comparison has found nothing: a dump holds everything that the cluster does.
+    discard_identical: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +126,10 @@ def perform(request: Request) -> Result:
         changed = bool(request.path) and not _holds(request.path, index)
         if keep and changed:
             _store(temporary, request.path, index)
+    if request.discard_identical and not request.check_mode and compared is not None and compared.comparison.identical:
+        for path in (request.compare_to, request.compare_to + INDEX_SUFFIX):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
     return Result(index, changed, round(time.monotonic() - started, 3), compared)
 
 
@@ -312,85 +307,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
-
-
-# --- what pg_dumpall leaves out --------------------------------------------------------------------------------------
-
-# The last assignment wins (guc-file.l). What the managed include file of a recovery sets is not of the cluster.
-_SETTINGS = """
-SELECT DISTINCT ON (lower(name) COLLATE "C") lower(name), setting
-  FROM pg_catalog.pg_file_settings
- WHERE name IS NOT NULL AND sourcefile !~ %s
- ORDER BY lower(name) COLLATE "C", seqno DESC
-"""
-
-_FOR_ALL_ROLES = """
-SELECT s FROM pg_catalog.pg_db_role_setting, pg_catalog.unnest(setconfig) s
- WHERE setdatabase = 0 AND setrole = 0
- ORDER BY s COLLATE "C"
-"""
-
-_HBA = "SELECT pg_catalog.to_jsonb(r) FROM pg_catalog.pg_hba_file_rules r ORDER BY {order}line_number"
-_IDENT = "SELECT pg_catalog.to_jsonb(m) FROM pg_catalog.pg_ident_file_mappings m ORDER BY {order}line_number"
-
-# pg_dumpall passes over these; only that they are there can be compared.
-_CLOSED_DATABASES = """
-SELECT datname, pg_catalog.pg_get_userbyid(datdba) FROM pg_catalog.pg_database
- WHERE (NOT datallowconn OR datconnlimit = -2) AND datname <> 'template0' ORDER BY datname
-"""
-
-_META = """
-SELECT pg_catalog.pg_is_in_recovery(), pg_catalog.current_setting('server_version_num')::int,
-       (SELECT system_identifier::text FROM pg_catalog.pg_control_system())
-"""
-
-
-_POSITION_COLUMNS = frozenset(["file_name", "line_number", "map_number", "rule_number"])
-
-
-def is_compared(setting: str) -> bool:
-    """Whether a setting of the configuration files is part of what a restore must reproduce."""
-    return setting not in _LOCATION and _RESTORE.match(setting) is None
-
-
-def preamble(connection: Any) -> bytes:
-    """Comments that stand before the dump: one line for each thing that pg_dumpall leaves out.
-
-    Raises PitrError when the user may not read them: pg_dumpall wants a superuser, too.
-    """
-    in_recovery, version, system_identifier = query(connection, _META)[0]
-    lines = [
-        _line("META", "in_recovery", in_recovery),
-        _line("META", "server_version_num", version),
-        _line("META", "system_identifier", system_identifier),
-    ]
-    for name, setting in query(connection, _SETTINGS, [f"(^|/){re.escape(RECOVERY_FILE)}$"]):
-        if is_compared(name):
-            lines.append(_line("SETTING", name, setting))
-    for (setting,) in query(connection, _FOR_ALL_ROLES):
-        name, _equals, value = setting.partition("=")
-        lines.append(_line("ROLE SETTING", f"ALL {name}", value))
-    order = "rule_number, " if version >= 160000 else ""
-    for (rule,) in query(connection, _HBA.format(order=order)):
-        lines.append(_line("HBA RULE", *_file_rule(rule, ("type", "database", "user_name", "address", "auth_method"))))
-    order = "map_number, " if version >= 160000 else ""
-    for (rule,) in query(connection, _IDENT.format(order=order)):
-        lines.append(_line("IDENT MAPPING", *_file_rule(rule, ("map_name", "sys_name", "pg_username"))))
-    for name, owner in query(connection, _CLOSED_DATABASES):
-        lines.append(_line("CLOSED DATABASE", name, {"owner": owner}))
-    return PREAMBLE + b"".join(lines)
-
-
-def _line(kind: str, name: str, value: object) -> bytes:
-    """JSON keeps everything on one line and in ASCII."""
-    return f"-- {kind} {json.dumps(name)} {json.dumps(value, sort_keys=True)}\n".encode("ascii")
-
-
-def _file_rule(rule: Mapping[str, Any], name_columns: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
-    """Name and value of a line of pg_hba.conf or pg_ident.conf, without where it stands; no passwords in the name."""
-    value = {key: item for key, item in rule.items() if key not in _POSITION_COLUMNS}
-    # The message of an error names the file.
-    value["error"] = value.get("error") is not None
-    words = [rule.get(column) for column in name_columns]
-    texts = [",".join(word) if isinstance(word, list) else str(word) for word in words if word is not None]
-    return " ".join(texts), value

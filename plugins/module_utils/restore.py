@@ -469,6 +469,28 @@ def _remove(directory: str) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+def settle(request: Request, moved_aside: str, check: bool = False) -> bool:
+    """Remove the directory that a restore has moved aside, once the restored cluster was accepted.
+
+    Returns whether there was one. Raises PitrError when the restored cluster is not accepted, or ``moved_aside`` is not
+    what a restore has moved there.
+    """
+    pgdata = request.pgdata
+    if not os.path.lexists(moved_aside):
+        return False
+    if _unaccepted(request) or os.path.exists(os.path.join(pgdata, IN_PROGRESS)):
+        raise PitrError(f"The restored cluster in {pgdata} is not accepted yet; {moved_aside} stays.")
+    if not moved_aside.startswith(f"{pgdata}.old-") or os.path.dirname(moved_aside) != os.path.dirname(pgdata):
+        raise PitrError(f"{moved_aside} is not what a restore of {pgdata} has moved aside. It stays.")
+    ours = control_data(request.bin_dir, pgdata).system_identifier
+    if control_data(request.bin_dir, moved_aside).system_identifier != ours or running_pid(moved_aside) is not None:
+        raise PitrError(f"{moved_aside} is another cluster, or a server is running on it. It stays.")
+    if not check:
+        shutil.rmtree(moved_aside)
+        fsync_directory(os.path.dirname(pgdata))
+    return True
+
+
 def undo(request: Request, moved_aside: str, check: bool = False) -> str:
     """Put the directory ``moved_aside`` back in place of a restored cluster that was not accepted.
 

@@ -71,6 +71,12 @@ options:
       - V(auto) is V(zstd) where that command is installed, else V(gzip).
     type: str
     default: auto
+  discard_identical:
+    description:
+      - Remove the dump of O(compare_to) when the comparison has found no difference. A dump holds everything that the
+        cluster does, so it should not lie around longer than it is needed.
+    type: bool
+    default: false
   max_differences:
     description:
       - How many differences are shown. All of them are counted.
@@ -248,6 +254,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "compare_to": {"type": "path"},
     "compression": {"type": "str", "default": "auto"},
     "max_differences": {"type": "int", "default": 20},
+    "discard_identical": {"type": "bool", "default": False},
     "fail_on_difference": {"type": "bool", "default": True},
 }
 
@@ -262,6 +269,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         compare_to=params["compare_to"] or "",
         compression=params["compression"],
         max_differences=params["max_differences"],
+        discard_identical=params["discard_identical"],
         check_mode=module.check_mode,
     )
     result = perform(request)

@@ -37,8 +37,10 @@ options:
       - V(present) restores.
       - V(undone) puts the directory O(moved_aside) back in place of a restored cluster that was not accepted. The
         latter is kept under another name, or removed with O(keep_unaccepted=false).
+      - V(settled) removes the directory O(moved_aside) when the restored cluster was accepted, and only a directory
+        that a restore has moved aside.
     type: str
-    choices: [present, undone]
+    choices: [present, undone, settled]
     default: present
   pgdata:
     description:
@@ -125,7 +127,7 @@ options:
     default: true
   moved_aside:
     description:
-      - For O(state=undone), what RV(moved_aside) was.
+      - For O(state=undone) and O(state=settled), what RV(moved_aside) was.
     type: path
   defer_above:
     description:
@@ -233,7 +235,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
-from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import ARCHIVE_AFTER, Request, Restore, undo
+from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import ARCHIVE_AFTER, Request, Restore, settle, undo
 
 TARGET_OPTIONS: dict[str, dict[str, Any]] = {
     "recovery_target_time": {"type": "str"},
@@ -250,7 +252,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **repository_argument_spec(),
     "bin_dir": {"type": "path", "required": True},
     **TARGET_OPTIONS,
-    "state": {"type": "str", "choices": ["present", "undone"], "default": "present"},
+    "state": {"type": "str", "choices": ["present", "undone", "settled"], "default": "present"},
     "pgdata": {"type": "path", "required": True},
     "config_dir": {"type": "path"},
     "backup": {"type": "str", "default": "auto"},
@@ -263,7 +265,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "verify": {"type": "bool", "default": True},
     "defer_above": {"type": "int"},
 }
-REQUIRED_IF = [("state", "undone", ["moved_aside"])]
+REQUIRED_IF = [("state", "undone", ["moved_aside"]), ("state", "settled", ["moved_aside"])]
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:
@@ -284,6 +286,8 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         archive_after=params["archive_after"],
         verify=params["verify"],
     )
+    if params["state"] == "settled":
+        return {"changed": settle(request, params["moved_aside"], module.check_mode), "moved_aside": ""}
     if params["state"] == "undone":
         kept = undo(request, params["moved_aside"], module.check_mode)
         return {"changed": True, "moved_aside": kept}

@@ -11,11 +11,14 @@ is then one word, and a target is exact or it is not.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
+import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -379,3 +382,36 @@ def flip(path: Path, offset: int) -> None:
 def cut(path: Path, keep: float = 0.5) -> None:
     """Truncate a file to this part of its size."""
     os.truncate(path, int(path.stat().st_size * keep))
+
+
+_CHILD = """
+import json, os, signal, sys
+from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Request, Restore
+{prelude}
+restore = Restore(Request(**json.loads(sys.argv[1])))
+plan = restore.plan()
+at, below, count = int(sys.argv[2]), sys.argv[3], 0
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.chmod", "os.link", "subprocess.Popen")
+
+def hook(event, arguments):
+    global count
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    if event in CHANGES or writes:
+        count += 1
+        if count == at or below and isinstance(arguments[0], str) and arguments[0].startswith(below):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+restore.execute(plan)
+print(count)
+"""
+
+
+def in_child(request: Request, prelude: str = "", at: int = 0, below: str = "") -> subprocess.CompletedProcess[str]:
+    """Restore in a process of its own.
+
+    It kills itself before its ``at``-th change of the filesystem, or before the first one below this path.
+    """
+    argv = [sys.executable, "-c", _CHILD.format(prelude=prelude), json.dumps(dataclasses.asdict(request)), str(at)]
+    argv.append(below)
+    return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=120)

@@ -9,14 +9,11 @@ Nothing is lost, nothing half-done looks done, and the file that is to blame is 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +33,7 @@ from ansible_collections.pgdrill.pitr.tests.integration.support import (
     cut,
     fingerprint,
     flip,
+    in_child,
     refuses_to_start,
     until,
 )
@@ -136,41 +134,13 @@ def test_full_disk_leaves_the_old_directory_in_its_place(history: History, own_d
     before = fingerprint(own_data.parent)
     # A limit of the size of a file is what a test can have without a filesystem of its own.
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
-    done = _in_child(history.storage.request(own_data, force=True), limit)
+    done = in_child(history.storage.request(own_data, force=True), limit)
     assert done.returncode != 0
     assert "too large" in done.stderr, done.stderr
     assert fingerprint(own_data.parent) == before
 
 
 # --- killed
-
-_CHILD = """
-import json, os, signal, sys
-from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Request, Restore
-{prelude}
-restore = Restore(Request(**json.loads(sys.argv[1])))
-plan = restore.plan()
-at, count = int(sys.argv[2]), 0
-CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.chmod", "os.link", "subprocess.Popen")
-
-def hook(event, arguments):
-    global count
-    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-    if event in CHANGES or writes:
-        count += 1
-        if count == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-sys.addaudithook(hook)
-restore.execute(plan)
-print(count)
-"""
-
-
-def _in_child(request: Request, prelude: str = "", at: int = 0) -> subprocess.CompletedProcess[str]:
-    """Restore in a process of its own, which kills itself before its ``at``-th change of the filesystem."""
-    argv = [sys.executable, "-c", _CHILD.format(prelude=prelude), json.dumps(dataclasses.asdict(request)), str(at)]
-    return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=120)
 
 
 def _below(top: Path) -> dict[str, str]:
@@ -197,13 +167,13 @@ def test_killed_restore_loses_nothing_and_can_be_repeated(history: History, tmp_
         shutil.copytree(history.data, data)
         return data
 
-    counted = _in_child(history.storage.request(directory("counted"), force=True))
+    counted = in_child(history.storage.request(directory("counted"), force=True))
     assert counted.returncode == 0, counted.stderr
     untouched = _below(history.data)
     for at in _kill_points(int(counted.stdout), part):
         data = directory(f"killed{at}")
         request = history.storage.request(data, force=True)
-        killed = _in_child(request, at=at)
+        killed = in_child(request, at=at)
         assert killed.returncode == -signal.SIGKILL, (at, killed.stderr)
         aside = list(data.parent.glob("data.old-*"))
         original = aside[0] if aside else data
@@ -226,9 +196,9 @@ def test_restore_killed_again_while_it_clears_up_can_still_be_repeated(history: 
         data = tmp_path / f"killed{at}" / "data"
         data.parent.mkdir()
         request = history.storage.request(data)
-        assert _in_child(request, at=300).returncode == -signal.SIGKILL
+        assert in_child(request, at=300).returncode == -signal.SIGKILL
         assert (data / "pitr-restoring.json").exists()
-        assert _in_child(request, at=at).returncode == -signal.SIGKILL
+        assert in_child(request, at=at).returncode == -signal.SIGKILL
         _execute(request)
         assert not (data / "pitr-restoring.json").exists()
 
@@ -237,7 +207,7 @@ def test_repeated_restore_still_knows_the_old_directory(
     history: History, own_data: Path, server: Callable[[Path], Server]
 ) -> None:
     request = history.storage.request(own_data, force=True)
-    assert _in_child(request, at=200).returncode == -signal.SIGKILL
+    assert in_child(request, at=200).returncode == -signal.SIGKILL
     assert not (own_data / "global" / "pg_control").exists()
     engine = Engine(request)
     moved_aside = engine.execute(engine.plan()).moved_aside

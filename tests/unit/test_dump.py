@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.pgdrill.pitr.plugins.module_utils import codec, dump
+from ansible_collections.pgdrill.pitr.plugins.module_utils import codec, dump, dumppreamble
 from ansible_collections.pgdrill.pitr.plugins.module_utils.dump import Request, load_index, perform
 from ansible_collections.pgdrill.pitr.plugins.module_utils.dumpindex import DumpIndex
 from ansible_collections.pgdrill.pitr.plugins.module_utils.dumpparse import index_of
@@ -212,7 +212,7 @@ def test_the_command_line_of_pg_dumpall() -> None:
     ],
 )
 def test_settings_that_are_compared(name: str, compared: bool) -> None:
-    assert dump.is_compared(name) is compared
+    assert dumppreamble.is_compared(name) is compared
 
 
 def test_a_rule_is_known_without_its_place_and_its_password() -> None:
@@ -221,8 +221,8 @@ def test_a_rule_is_known_without_its_place_and_its_password() -> None:
         "user_name": ["all"], "address": "10.0.0.0", "netmask": "255.0.0.0", "auth_method": "ldap",
         "options": ["ldapbindpasswd=geheim"], "error": 'wrong "x" in /x/pg_hba.conf',
     }  # fmt: skip
-    name, value = dump._file_rule(rule, ("type", "database", "user_name", "address", "auth_method"))
+    name, value = dumppreamble._file_rule(rule, ("type", "database", "user_name", "address", "auth_method"))
     assert name == "host a,b all 10.0.0.0 ldap"
     assert value["error"] is True and "/x/" not in str(value) and value["options"] == ["ldapbindpasswd=geheim"]
     assert not {"rule_number", "file_name", "line_number"} & set(value)
-    assert dump._file_rule({**rule, "line_number": 10, "error": None}, ("type",))[1]["error"] is False
+    assert dumppreamble._file_rule({**rule, "line_number": 10, "error": None}, ("type",))[1]["error"] is False

@@ -69,10 +69,9 @@ def reset(layout: Layout, major: int) -> None:
 def drill(layout: Layout, major: int, arguments: Sequence[str]) -> int:
     """Run the drill; `arguments` go to both playbooks. Returns the exit code."""
     ansible_playbook = layout.command("ansible-playbook")
-    playbooks = [
-        [*ansible_playbook, "-i", "inventories/sandbox", playbook, *arguments] for playbook in PLAYBOOKS
-    ]  # fmt: skip
-    return run_playbooks(layout, major, playbooks, layout.checkout, environment(layout))
+    # One call for both: Ansible takes half a second to start.
+    command = [*ansible_playbook, "-i", "inventories/sandbox", *PLAYBOOKS, *arguments]
+    return run_playbooks(layout, major, [command], layout.checkout, environment(layout))
 
 
 def run_playbooks(layout: Layout, major: int, commands: Sequence[Sequence[str]], cwd: Path, env: dict[str, str]) -> int:

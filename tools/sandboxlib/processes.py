@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -110,6 +111,7 @@ class Supervisor:
         else:
             process = account.popen(argv, env=env, cwd=cwd)
         while process.poll() is None and not self._signal:
+            _reap(but=process.pid)
             self._pause()
         if self._signal:
             self._let_end(process)
@@ -129,6 +131,7 @@ class Supervisor:
         """Wait for the end of a command; a second Ctrl-C means that its user has no more patience."""
         end = time.monotonic() + seconds
         while process.poll() is None and not self._repeated and time.monotonic() < end:
+            _reap(but=process.pid)
             time.sleep(_POLL)
 
 
@@ -197,10 +200,15 @@ def _send(pid: int, number: signal.Signals) -> None:
         step(f"may not end process {pid}")
 
 
-def _reap() -> None:
-    """Take the exit status of every child that has ended, ours and those that became ours."""
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0] != 0:
-            pass
-    except ChildProcessError:
-        pass
+def _reap(but: int = 0) -> None:
+    """Take the exit status of every child that has ended, ours and those that became ours; not that of `but`, for which
+    somebody else waits.
+
+    This must go on all the time: a killed postmaster that nobody reaps still has a process id, and to PostgreSQL the
+    lock file that names it is that of a running server.
+    """
+    with contextlib.suppress(ChildProcessError):
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if ended.si_pid == but:
+                return
+            os.waitpid(ended.si_pid, 0)

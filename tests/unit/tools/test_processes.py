@@ -16,7 +16,7 @@ import sandboxlib
 TOOLS = Path(sandboxlib.__file__).parent.parent
 
 # A daemon as PostgreSQL is one: in a session of its own, its parent gone.
-DAEMON = "setsid sh -c 'echo $$ > pid; exec sleep 300' & while [ ! -s pid ]; do sleep 0.01; done"
+DAEMON = "(setsid sh -c 'echo $$ > pid; exec sleep 300' &); while [ ! -s pid ]; do sleep 0.01; done"
 
 PROGRAM = """
 import os, pathlib, sys
@@ -46,6 +46,15 @@ def test_daemon_of_a_successful_command_is_ended(tmp_path: Path) -> None:
     output, _none = process.communicate(timeout=30)
     assert (process.returncode, output) == (0, "servers stopped\n")
     assert not daemon_runs(tmp_path)
+
+
+def test_daemon_that_was_killed_is_reaped_at_once(tmp_path: Path) -> None:
+    killed = (
+        f"{DAEMON}; kill -9 $(cat pid); for i in $(seq 100); do [ -e /proc/$(cat pid) ] || exit 5; sleep 0.05; done"
+    )
+    process = start(tmp_path, killed)
+    process.communicate(timeout=30)
+    assert process.returncode == 5
 
 
 def test_exit_code_of_a_failed_command_is_kept(tmp_path: Path) -> None:
