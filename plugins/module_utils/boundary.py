@@ -38,9 +38,17 @@ def repository_argument_spec() -> dict[str, dict[str, Any]]:
 class Invocation(Protocol):
     """What a module's function sees of its invocation: an AnsibleModule, or the action plugins' stand-in."""
 
-    params: dict[str, Any]
-    check_mode: bool
-    _diff: bool
+    @property
+    def params(self) -> dict[str, Any]:
+        """Validated options."""
+
+    @property
+    def check_mode(self) -> bool:
+        """Whether nothing may be changed."""
+
+    @property
+    def _diff(self) -> bool:
+        """Whether the change is to be shown."""
 
 
 def outcome(invocation: Invocation, function: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

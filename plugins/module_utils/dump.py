@@ -126,10 +126,12 @@ def perform(request: Request) -> Result:
         changed = bool(request.path) and not _holds(request.path, index)
         if keep and changed:
             _store(temporary, request.path, index)
-    if request.discard_identical and not request.check_mode and compared is not None and compared.comparison.identical:
+    if request.discard_identical and compared is not None and compared.comparison.identical:
+        changed = True
         for path in (request.compare_to, request.compare_to + INDEX_SUFFIX):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+                if not request.check_mode:
+                    os.unlink(path)
     return Result(index, changed, round(time.monotonic() - started, 3), compared)
 
 
@@ -138,9 +140,10 @@ def _check(request: Request) -> None:
     codec.parse(request.compression)
     if request.max_differences < 0:
         raise PitrError("max_differences must be 0 or more.")
-    if request.path and not request.check_mode:
+    if request.path:
         folder = os.path.dirname(os.path.abspath(request.path))
-        if not os.path.isdir(folder):
+        # In check mode the task that makes the directory has made nothing, either.
+        if not os.path.isdir(folder) and not request.check_mode:
             raise PitrError(f"The directory {folder} does not exist; the dump cannot be kept there. Create it first.")
         if os.path.isdir(request.path):
             raise PitrError(f"{request.path} is a directory. Give the path of a file.")

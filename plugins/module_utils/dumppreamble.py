@@ -25,7 +25,8 @@ _LOCATION = frozenset(
 )
 # What a restore must change, or a cluster that never archives into the archive it came from.
 _RESTORE = re.compile(
-    r"(archive_(mode|command|library|cleanup_command)|restore_command|recovery_.*|hot_standby|primary_(conninfo|slot_name))\Z"
+    r"(archive_(mode|command|library|cleanup_command)|restore_command|recovery_.*|hot_standby"
+    r"|primary_(conninfo|slot_name))\Z"
 )
 
 # The last assignment wins (guc-file.l). What the managed include file of a recovery sets is not of the cluster.

@@ -239,10 +239,10 @@ def test_command_does_not_read_the_environment_of_the_server(history: History, t
 
 
 def test_probe_shows_the_archive_command_that_does_not_work(sandbox: MakeSandbox) -> None:
-    primary = sandbox(settings={"archive_command": "/nowhere/pitr-wal push main %p"})
+    primary = sandbox(settings={"archive_command": "test -d /nowhere && cp %p /nowhere/%f"})
     with pytest.raises(PitrError, match="did not arrive") as caught:
         primary.probe(timeout=2)
-    assert "/nowhere/pitr-wal push main %p" in caught.value.message
+    assert "test -d /nowhere && cp %p /nowhere/%f" in caught.value.message
     until(lambda: _failures(primary) > 0, "a counted failure")
     with pytest.raises(PitrError, match="last failure: 0000000"):
         primary.probe(timeout=0.1)

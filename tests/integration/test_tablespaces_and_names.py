@@ -116,7 +116,7 @@ def test_killed_restore_with_a_tablespace_can_be_repeated(
     data = tmp_path / "new"
     request = primary.request(data, tablespace_mapping={str(original): str(target)})
     assert in_child(request, below=f"{target}/PG_").returncode == -signal.SIGKILL
-    assert in_child(request, below=f"{data}/conf.d/").returncode == -signal.SIGKILL
+    assert in_child(request, below=f"{data}/.tablespace_map").returncode == -signal.SIGKILL
     assert (data / "pitr-restoring.json").exists()
     assert list(target.iterdir())
     # What somebody else has put there in the meantime is not cleared away.

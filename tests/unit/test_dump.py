@@ -179,8 +179,9 @@ def test_what_cannot_work_is_refused_before_the_server_is_asked(
     (tmp_path / "folder").mkdir()
     asked = []
     monkeypatch.setattr(Login, "connect", lambda *_: asked.append(1))
-    with pytest.raises(PitrError, match=message):
-        run(OTHER, **options)
+    for check_mode in (False, True) if message != "does not exist" else (False,):
+        with pytest.raises(PitrError, match=message):
+            run(OTHER, check_mode=check_mode, **options)
     assert not asked and names(tmp_path) == ["folder", "truth", "truth.index.json"]
     assert load_index(str(tmp_path / "truth")).fingerprint == index_of([TRUTH]).fingerprint
 
