@@ -418,12 +418,16 @@ def _lock(directory: str) -> int | None:
 
 def _tablespaces(base_tar: str) -> tuple[Tablespace, ...]:
     """From tablespace_map, which lies at the beginning of base.tar, right after backup_label."""
-    with codec.open_reader(base_tar) as reader:
-        with tarfile.open(fileobj=reader, mode="r|", bufsize=codec.CHUNK) as tar:  # type: ignore[call-overload]
-            for position, member in enumerate(tar):
-                if member.name == "tablespace_map":
-                    stream = tar.extractfile(member)
-                    return parse_tablespace_map(stream.read().decode()) if stream else ()
-                if position > 3:
-                    break
+    try:
+        with codec.open_reader(base_tar) as reader:
+            with tarfile.open(fileobj=reader, mode="r|", bufsize=codec.CHUNK) as tar:  # type: ignore[call-overload]
+                for position, member in enumerate(tar):
+                    if member.name == "tablespace_map":
+                        stream = tar.extractfile(member)
+                        text = stream.read() if stream else b""
+                        return parse_tablespace_map(text.decode("utf-8", "surrogateescape"))
+                    if position > 3:
+                        break
+    except tarfile.TarError as error:
+        raise PitrError(f"{base_tar} is damaged: {error}.", path=base_tar) from None
     return ()

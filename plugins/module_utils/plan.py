@@ -120,8 +120,9 @@ def plan(
 ) -> RestorePlan:
     """Decide. ``choice`` is auto, latest or a label; ``damaged`` maps labels to what is wrong with them.
 
-    ``location`` is where an xid or name target was found. ``last_commit`` is the time of the last transaction that
-    can be replayed, when it is known. Raises RefusedError with every reason.
+    ``location`` is where an xid or name target was found. ``last_commit`` is the time of the last transaction that can
+    be replayed, without a hole, from the newest backup that stopped before a time target; None when it is not known.
+    Raises RefusedError with every reason.
     """
     damaged = damaged or {}
     tree = index.tree
@@ -167,8 +168,9 @@ def target_timeline(target: RecoveryTarget, tree: TimelineTree, backups: Sequenc
         return newest
     if target.timeline == "current":
         chosen = [backup for backup in backups if backup.label == choice] or list(backups)
-        return max(chosen, key=lambda backup: backup.stopped_at).timeline
-    number = int(target.timeline)
+        number = max(chosen, key=lambda backup: backup.stopped_at).timeline
+    else:
+        number = int(target.timeline)
     try:
         tree.switches(number)
     except PitrError as error:
@@ -219,7 +221,7 @@ def reachable_end(backup: Backup, index: ArchiveIndex, timeline: int) -> tuple[i
 
     Returns the number of the last segment, how many segments there are, and the missing ones as (timeline, number), at
     most MAX_NAMED + 1 of them. At a switch the segment is wanted from the new timeline, or from the old when the new
-    server has not archived it, which is how XLogFileReadAnyTLI looks for it.
+    one has archived nothing, which is how XLogFileReadAnyTLI looks for it; _passes_switch tells when that will do.
     """
     size = index.segment_size
     missing: list[tuple[int, int]] = []
@@ -233,13 +235,13 @@ def reachable_end(backup: Backup, index: ArchiveIndex, timeline: int) -> tuple[i
             last_of_span = max(index.last(span.timeline) or 0, backup.stop_lsn.previous_segment_number(size))
             begin = span.begin.segment_number(size)
             if position and index.has(spans[position - 1].timeline, begin):
-                # Promoted, but nothing archived yet on the new timeline: the parent's copy reaches up to the switch.
+                # Promoted, but nothing archived yet on the new timeline: the parent's segment has all up to the switch.
                 last_of_span = max(last_of_span, begin)
         while number <= last_of_span and len(missing) <= MAX_NAMED:
             end = index.run_end(span.timeline, number)
             at_switch = position > 0 and number == span.begin.segment_number(size)
-            # The parent's copy ends at the switch. It will do only while the new timeline has nothing later.
-            if end is None and at_switch and (index.last(span.timeline) or 0) < number:
+            # The parent's will do only while the new timeline has nothing later: that would be a hole.
+            if end is None and at_switch and span.end is None and (index.last(span.timeline) or 0) < number:
                 end = number if index.has(spans[position - 1].timeline, number) else None
             if end is None:
                 missing.append((span.timeline, number))
@@ -247,6 +249,36 @@ def reachable_end(backup: Backup, index: ArchiveIndex, timeline: int) -> tuple[i
             number = min(end, last_of_span) + 1
     reached = number - 1
     return reached, reached - first + 1, missing
+
+
+def _stops_before(target: RecoveryTarget, last_commit: datetime.datetime | None) -> bool:
+    """Whether a recovery to a time ends before the last transaction that can be replayed.
+
+    PostgreSQL stops before the first transaction that ended later; without one it does not promote
+    (recoveryStopsBefore of xlogrecovery.c).
+    """
+    if target.time is None or last_commit is None:
+        return False
+    return last_commit > target.time or (last_commit == target.time and not target.inclusive)
+
+
+def _passes_switch(
+    target: RecoveryTarget, location: Location | None, last_commit: datetime.datetime | None, switch: Lsn
+) -> bool:
+    """Whether a recovery may go on behind the position where the target's timeline began.
+
+    When that timeline has archived nothing, PostgreSQL reads its first segment from the parent, does not stop at the
+    switch, and goes on along the parent: another branch of the past, under a history that denies it.
+    """
+    if target.lsn is not None:
+        # Inclusive applies the first record from there on, which may be the parent's first one behind the switch.
+        return target.lsn > switch or target.inclusive
+    if location is not None:
+        return location.lsn >= switch
+    if target.time is not None:
+        # The last transaction that can be replayed lies before the switch then.
+        return not _stops_before(target, last_commit)
+    return target.kind == "latest"
 
 
 def _with_wal(
@@ -268,6 +300,13 @@ def _with_wal(
         last = target.lsn.segment_number(size)
     elif location is not None:
         last = location.lsn.segment_number(size)
+    elif missing and _stops_before(target, last_commit):
+        # The recovery does not come to the hole.
+        last = min(number for _timeline, number in missing) - 1
+    spans = needed_spans(backup, index.tree, timeline)
+    switch = spans[-1].begin
+    borrowed = len(spans) > 1 and not index.has(timeline, switch.segment_number(size))
+    comes_to_switch = last >= switch.segment_number(size) or target.kind == "latest"
     refusals = []
     in_the_way = [(tli, number) for tli, number in missing if number <= last]
     if in_the_way:
@@ -282,19 +321,27 @@ def _with_wal(
     elif last > last_there:
         message = f"The target {target} lies after the end of the archive."
         refusals.append(Refusal("target_beyond_archive", message, _window([backup], index, timeline, last_commit)))
-    elif target.time is not None and last_commit is not None:
-        # PostgreSQL stops before the first transaction that ended later; without one it refuses to promote.
-        if last_commit < target.time or (target.inclusive and last_commit == target.time):
-            message = f"The target {target} is not before the last transaction in the archive."
-            nearest = (
-                f"The latest restorable time is just before {format_time(last_commit)}; 'latest' restores everything."
-            )
-            refusals.append(Refusal("target_beyond_archive", message, nearest))
+    elif target.time is not None and last_commit is not None and not _stops_before(target, last_commit):
+        message = f"The target {target} is not before the last transaction in the archive."
+        nearest = f"The latest restorable time is just before {format_time(last_commit)}; 'latest' restores everything."
+        refusals.append(Refusal("target_beyond_archive", message, nearest))
+    elif borrowed and comes_to_switch and _passes_switch(target, location, last_commit, switch):
+        parent = spans[-2].timeline
+        message = (
+            f"Timeline {timeline} began at LSN {switch} and has archived no WAL yet; PostgreSQL would go on with WAL of"
+            f" timeline {parent} that is not part of its past."
+        )
+        nearest = (
+            f"Archive a segment of timeline {timeline} first (pg_switch_wal() on its server), or ask for"
+            f" recovery_target_timeline: {parent}."
+        )
+        refusals.append(Refusal("timeline_not_archived", message, nearest))
     if refusals:
         raise RefusedError(refusals)
-    spans = needed_spans(backup, index.tree, timeline)
     first = backup.start_lsn.segment_number(size)
     last_timeline = next(span.timeline for span in spans if span.end is None or last < span.end.segment_number(size))
+    if borrowed and last_timeline == timeline:
+        last_timeline = spans[-2].timeline
     notes = [f"backup {label} is passed over: {why}" for label, why in damaged.items()]
     return RestorePlan(
         backup=backup,

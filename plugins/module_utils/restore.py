@@ -64,6 +64,11 @@ class Request:
     archive_after: str = "none-until-promoted"
     verify: bool = True
 
+    def __post_init__(self) -> None:
+        # The roles always say where the configuration is; in the data directory it comes with the backup.
+        if self.config_dir and os.path.abspath(self.config_dir) == os.path.abspath(self.pgdata):
+            object.__setattr__(self, "config_dir", "")
+
     @property
     def configuration(self) -> str:
         """Directory of postgresql.conf."""
@@ -223,6 +228,9 @@ class Restore:
         scanner = WalScanner(self._folder, self._folder.chapter, index, self._request.bin_dir)
         until: int | None = None
         for backup in whole:
+            if target.time is not None and backup.stopped_at > target.time:
+                # The plan will begin with an older one, and what that one reaches is the question.
+                continue
             spans = needed_spans(backup, index.tree, timeline)
             last, _count, missing = reachable_end(backup, index, timeline)
             if missing:
@@ -230,7 +238,9 @@ class Restore:
                 last = min(number for _tli, number in missing) - 1
             if target.kind == "time":
                 record = scanner.last_transaction(spans, last)
-                return None, record.time if record else backup.stopped_at
+                # Without any, none is later than (or, for an exclusive target, at) a time this backup can be used for.
+                none = backup.stopped_at - datetime.timedelta(microseconds=1)
+                return None, record.time if record else none
             end = last if until is None else min(last, until)
             if target.xid is not None:
                 found = scanner.find_xid(spans, end, target.xid)
@@ -478,7 +488,8 @@ def settle(request: Request, moved_aside: str, check: bool = False) -> bool:
     pgdata = request.pgdata
     if not os.path.lexists(moved_aside):
         return False
-    if _unaccepted(request) or os.path.exists(os.path.join(pgdata, IN_PROGRESS)):
+    # Recovery settings anywhere are enough here: what is in doubt is not accepted.
+    if recovery_conf.planned(request.configuration) or os.path.exists(os.path.join(pgdata, IN_PROGRESS)):
         raise PitrError(f"The restored cluster in {pgdata} is not accepted yet; {moved_aside} stays.")
     if not moved_aside.startswith(f"{pgdata}.old-") or os.path.dirname(moved_aside) != os.path.dirname(pgdata):
         raise PitrError(f"{moved_aside} is not what a restore of {pgdata} has moved aside. It stays.")

@@ -69,4 +69,10 @@ def apply(login: Login, reload: bool) -> list[str]:
                         break
                 query(connection, "SELECT pg_sleep(0.02)")
         with contextlib.closing(login.connect()) as fresh:
-            return [row[0] for row in query(fresh, "SELECT name FROM pg_settings WHERE pending_restart ORDER BY name")]
+            # Settings of a recovery count as changed when they have gone with it, and mean nothing to a running server.
+            rows = query(
+                fresh,
+                "SELECT name FROM pg_settings WHERE pending_restart AND name <> 'hot_standby'"
+                " AND name NOT LIKE 'recovery_target%' ORDER BY name",
+            )
+            return [row[0] for row in rows]

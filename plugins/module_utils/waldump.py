@@ -78,10 +78,12 @@ class WalScanner:
     def records(self, spans: list[Span], last: int, rmgrs: tuple[str, ...]) -> Iterator[Record]:
         """Records along ``spans`` up to segment number ``last``, in order. Raises PitrError when WAL cannot be read."""
         size = self._index.segment_size
+        # One mark for all spans: a timeline's first segment begins with a copy of its parent's last one, which a parent
+        # that has died did not archive.
+        seen = Lsn(max(int(spans[0].begin) - 1, 0))
         for span in spans:
             first = span.begin.segment_number(size)
             end = last if span.end is None else min(last, span.end.segment_number(size))
-            seen = Lsn(max(int(span.begin) - 1, 0))
             while first <= end and self._index.has(span.timeline, first):
                 until = min(first + WINDOW - 1, end, self._index.run_end(span.timeline, first) or first)
                 for record in self._window(span.timeline, first, until, rmgrs, until == end):

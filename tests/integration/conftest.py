@@ -25,6 +25,7 @@ from ansible_collections.pgdrill.pitr.tests.integration.support import (
     Sandbox,
     Server,
     Storage,
+    fingerprint,
     make_template,
 )
 
@@ -124,7 +125,10 @@ def history(bin_dir: str, template: Path, tmp_path_factory: pytest.TempPathFacto
     sandbox = Sandbox(bin_dir, tmp_path_factory.mktemp("history"), template)
     try:
         sandbox.server.start()
-        yield History(sandbox)
+        history = History(sandbox)
+        before = fingerprint(sandbox.repository, history.data)
+        yield history
+        assert fingerprint(sandbox.repository, history.data) == before, "a test has written to what all share"
     finally:
         sandbox.server.close()
 
@@ -164,10 +168,11 @@ def restored(tmp_path: Path) -> Iterator[Callable[..., Restored]]:
 
 @pytest.fixture
 def own_data(history: History, tmp_path: Path) -> Path:
-    """A copy of the stopped primary's own data directory."""
+    """A copy of the stopped primary's own data directory, which does not archive into the shared repository."""
     data = tmp_path / "own" / "data"
     data.parent.mkdir()
     shutil.copytree(history.data, data)
+    (data / "conf.d" / "90-copy.conf").write_text("archive_mode = off\n", encoding="ascii")
     return data
 
 

@@ -428,12 +428,13 @@ def test_an_interrupt_ends_pg_dumpall_and_its_children(
 # --- size ------------------------------------------------------------------------------------------------------------
 
 CHILD = """
-import json, resource, sys
+import json, re, sys
 from ansible_collections.pgdrill.pitr.plugins.module_utils.dump import Request, perform
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 socket, bin_dir, path, compare_to = sys.argv[1:]
 result = perform(Request(Login(unix_socket=socket), bin_dir, path, compare_to, "gzip:1"))
-kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not ru_maxrss: that begins with the size of the process which this one was forked from.
+kilobytes = int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read()).group(1))
 print(json.dumps({**result.to_dict(path), "rss": kilobytes * 1024}))
 """
 

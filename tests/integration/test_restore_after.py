@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Restore as Engine
-from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import undo
+from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import settle, undo
 from ansible_collections.pgdrill.pitr.tests.integration.support import Restored, Sandbox, Server, fingerprint, until
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ def test_restored_cluster_archives_nothing_until_it_is_accepted_and_then_everyth
     assert "00000002.history.ready" in ready
     changed, pending = cluster.recovery.accept()
     assert changed
-    # Settings of the recovery alone; they have no effect on a server that is not recovering.
-    assert [name for name in pending if not name.startswith("recovery_target")] in ([], ["hot_standby"])
+    assert pending == []
     assert cluster.server.show("archive_command") == primary.archive_command
     primary.server = cluster.server
     primary.probe()
@@ -311,7 +310,7 @@ def test_undo_puts_the_old_directory_back_and_keeps_the_restored_one(
 
 
 def test_undo_refuses_what_would_lose_data(history: History, own_data: Path, restored: Restore, stranger: Path) -> None:
-    cluster = restored(history.storage, data=own_data, force=True, archive_after="same").run()
+    cluster = restored(history.storage, data=own_data, force=True).run()
     aside = Path(cluster.result.moved_aside)
     cluster.recovery.accept()
     cluster.server.stop()
@@ -359,3 +358,32 @@ def test_original_is_never_taken_for_an_unaccepted_cluster(history: History, own
     again = restored(history.storage, data=own_data, force=True, config_dir=str(config), keep_unaccepted=False)
     aside = again.result.moved_aside
     assert {name.removeprefix(aside): value for name, value in fingerprint(Path(aside)).items()} == before
+
+
+def test_old_directory_is_removed_only_when_the_new_one_is_accepted(
+    history: History, own_data: Path, restored: Restore, stranger: Path
+) -> None:
+    cluster = restored(history.storage, data=own_data, force=True).run()
+    aside = Path(cluster.result.moved_aside)
+    before = fingerprint(aside)
+    with pytest.raises(PitrError, match="not accepted yet"):
+        settle(cluster.request, str(aside))
+    cluster.recovery.accept()
+    for name, match in (("data.old", "not what a restore"), ("elsewhere/data.old-1", "not what a restore")):
+        other = own_data.parent / name
+        shutil.copytree(aside, other)
+        with pytest.raises(PitrError, match=match):
+            settle(cluster.request, str(other))
+        assert (other / "PG_VERSION").exists()
+    shutil.copytree(stranger, own_data.parent / "data.old-stranger")
+    with pytest.raises(PitrError, match="another cluster"):
+        settle(cluster.request, str(own_data.parent / "data.old-stranger"))
+    with pytest.raises(PitrError):
+        settle(cluster.request, str(own_data))
+    assert fingerprint(aside) == before
+    assert settle(cluster.request, str(aside), check=True)
+    assert aside.exists()
+    assert settle(cluster.request, str(aside))
+    assert not aside.exists()
+    assert not settle(cluster.request, str(aside))
+    assert cluster.phase == "end"

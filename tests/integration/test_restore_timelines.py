@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import archive_info, backup_info
 from ansible_collections.pgdrill.pitr.plugins.module_utils.plan import RefusedError
-from ansible_collections.pgdrill.pitr.tests.integration.support import Commit, Restored, Sandbox, Storage
+from ansible_collections.pgdrill.pitr.tests.integration.support import Commit, Restored, Sandbox, Storage, fingerprint
 
 Restore = Callable[..., Restored]
 
@@ -72,7 +72,10 @@ def branches(bin_dir: str, template: Path, tmp_path_factory: pytest.TempPathFact
     first = sandbox.server
     try:
         first.start()
-        yield Branches(sandbox, directory)
+        branches = Branches(sandbox, directory)
+        before = fingerprint(sandbox.repository)
+        yield branches
+        assert fingerprint(sandbox.repository) == before, "a test has written to what all share"
     finally:
         first.close()
         sandbox.server.close()

@@ -123,7 +123,8 @@ def make_backup(
 
 
 def interpreters() -> list[str]:
-    """Pythons on this host that the installed command may meet: the running one, the system's, and the oldest supported.
+    """Pythons on this host that the installed command may meet: the running one, the system's, the oldest
+    supported.
 
     Version managers keep theirs below a directory of the user; what cannot be executed is left out.
     """

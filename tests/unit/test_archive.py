@@ -91,7 +91,7 @@ def site(tmp_path: Path) -> Site:
     return Site(tmp_path)
 
 
-# push: what is taken ------------------------------------------------------------------------------------------------
+# --- push: what is taken
 
 
 @pytest.mark.parametrize("compression", CODECS)
@@ -172,7 +172,9 @@ def test_steps_of_a_push_are_write_sync_link_sync(site: Site, monkeypatch: pytes
     assert steps == [f"sync {MIB}", "link", "sync directory"]
 
 
-@pytest.mark.parametrize("name", ["with space", "qu'ote\"s", "per%cent %f", "$HOME;`x`", "ümläut-数据", "-dash", "new\nline"])
+@pytest.mark.parametrize(
+    "name", ["with space", "qu'ote\"s", "per%cent %f", "$HOME;`x`", "ümläut-数据", "-dash", "new\nline"]
+)
 def test_repository_and_pg_wal_may_have_any_path(tmp_path: Path, name: str) -> None:
     root = tmp_path / name
     root.mkdir()
@@ -189,7 +191,7 @@ def test_relative_path_of_the_server_is_taken(site: Site, monkeypatch: pytest.Mo
     assert "was already" in site.push(wal_name(1, 3))
 
 
-# push: what is refused ----------------------------------------------------------------------------------------------
+# --- push: what is refused
 
 
 def test_different_duplicate_is_refused_and_nothing_changes(site: Site) -> None:
@@ -315,7 +317,9 @@ def test_file_that_is_no_wal_is_refused(site: Site, content: bytes) -> None:
     site.refuses_to_push(site.write(wal_name(1, 3), content), "is not a WAL segment")
 
 
-@pytest.mark.parametrize("name", ["postgresql.conf", "archive_status", wal_name(1, 3).lower() + "g", wal_name(1, 3) + ".gz"])
+@pytest.mark.parametrize(
+    "name", ["postgresql.conf", "archive_status", wal_name(1, 3).lower() + "g", wal_name(1, 3) + ".gz"]
+)
 def test_name_that_is_no_wal_file_is_refused(site: Site, name: str) -> None:
     site.refuses_to_push(site.write(name, segment(1, 3)), "is not the name of")
 
@@ -345,7 +349,7 @@ def test_repository_without_marker_is_an_error_and_never_absent(site: Site) -> N
     site.refuses_to_push(str(site.pg_wal / wal_name(1, 3)), "is not a repository")
 
 
-# get ------------------------------------------------------------------------------------------------------------------
+# --- get
 
 
 def test_segment_behind_the_end_is_absent(site: Site) -> None:
@@ -527,7 +531,7 @@ def test_name_that_no_server_asks_for_is_an_error(site: Site) -> None:
     site.refuses_to_get("../../../etc/passwd", "is not the name of")
 
 
-# several at once ------------------------------------------------------------------------------------------------------
+# --- several at once
 
 
 def outcome(function: Callable[[], object]) -> str:
@@ -573,7 +577,9 @@ def test_same_segment_pushed_by_several_at_once_is_stored_once_and_all_succeed(s
 
 @pytest.mark.parametrize("attempt", range(3))
 def test_of_different_contents_pushed_at_once_exactly_one_wins(site: Site, attempt: int) -> None:
-    contents = {put(site.pg_wal / str(n), wal_name(1, 3), segment(1, 3, seed=n)): segment(1, 3, seed=n) for n in range(6)}
+    contents = {
+        put(site.pg_wal / str(n), wal_name(1, 3), segment(1, 3, seed=n)): segment(1, 3, seed=n) for n in range(6)
+    }
     said = push_together(site, [(path, CODECS[attempt % len(CODECS)]) for path in contents])
     winners = [path for path, message in said.items() if not message]
     assert len(winners) == 1
@@ -593,7 +599,7 @@ def test_temporary_files_of_others_are_untouched(site: Site) -> None:
     assert (other.stat().st_ino, other.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-# full disks -----------------------------------------------------------------------------------------------------------
+# --- full disks
 
 
 def in_a_small_filesystem(function: Callable[[], object]) -> str:
@@ -639,7 +645,7 @@ def test_link_that_fails_leaves_no_temporary_file(site: Site, monkeypatch: pytes
 
     path = site.write(wal_name(1, 3), segment(1, 3))
     with monkeypatch.context() as patch:
-        patch.setattr(archive.os, "link", fail)
+        patch.setattr(os, "link", fail)
         with pytest.raises(OSError, match="No space"):
             site.push(path)
     assert os.listdir(site.stored(wal_name(1, 3)).parent) == []

@@ -60,7 +60,9 @@ def test_unknown_keys_of_the_same_format_are_ignored() -> None:
     assert Backup.from_dict({**backup.to_dict(), "colour": "blue"}) == backup
 
 
-@pytest.mark.parametrize("key", ["label", "timeline", "start_lsn", "stop_lsn", "started_at", "stopped_at", "files", "tablespaces"])
+@pytest.mark.parametrize(
+    "key", ["label", "timeline", "start_lsn", "stop_lsn", "started_at", "stopped_at", "files", "tablespaces"]
+)
 def test_missing_key_is_named_as_damage(key: str) -> None:
     document = make_backup().to_dict()
     del document[key]

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -246,7 +245,9 @@ def test_broken_host_fails_push_visibly_and_get_safely(host: Host, break_it: Cal
         assert not host.fetched.exists()
 
 
-@pytest.mark.parametrize("content", [segment(1, 6, system=SYSTEM + 1), b"short", b""], ids=["foreign", "short", "empty"])
+@pytest.mark.parametrize(
+    "content", [segment(1, 6, system=SYSTEM + 1), b"short", b""], ids=["foreign", "short", "empty"]
+)
 def test_segment_that_is_refused_fails_push(host: Host, content: bytes) -> None:
     put(host.pg_wal, wal_name(1, 6), content)
     pushed = host.push()
@@ -260,7 +261,9 @@ def test_different_duplicate_fails_push(host: Host) -> None:
     assert 1 <= pushed.returncode <= 125 and "other content" in pushed.stderr
 
 
-@pytest.mark.parametrize("content", [b"", segment(1, 5)[:-1], segment(1, 5, system=SYSTEM + 1), b"\x1f\x8b\x08 damaged"])
+@pytest.mark.parametrize(
+    "content", [b"", segment(1, 5)[:-1], segment(1, 5, system=SYSTEM + 1), b"\x1f\x8b\x08 damaged"]
+)
 def test_damaged_stored_segment_fails_get_and_is_named(host: Host, content: bytes) -> None:
     stored = host.folder.wal_path(WalFile.parse(wal_name(1, 5)))
     Path(stored).write_bytes(content)
@@ -283,7 +286,9 @@ def test_other_calls_exit_within_the_range_of_an_archive_command(host: Host, arg
     assert 1 <= result.returncode <= 125 and result.stderr
 
 
-@pytest.mark.parametrize("arguments", [(), (CLUSTER,), (CLUSTER, wal_name(1, 7)), ("--system-identifier=1", CLUSTER, "x")])
+@pytest.mark.parametrize(
+    "arguments", [(), (CLUSTER,), (CLUSTER, wal_name(1, 7)), ("--system-identifier=1", CLUSTER, "x")]
+)
 def test_get_with_the_wrong_arguments_is_never_absent(host: Host, arguments: tuple[str, ...]) -> None:
     result = host.run("get", *arguments)
     assert result.returncode > 125 and "usage" in result.stderr
@@ -297,7 +302,9 @@ def test_unknown_cluster_is_an_error(host: Host) -> None:
 
 
 def test_command_works_without_path_home_and_terminal(host: Host) -> None:
-    result = host.run("push", CLUSTER, host.path, environment={"PYTHONPATH": "/nonexistent", "PYTHONHOME": "/nonexistent"})
+    result = host.run(
+        "push", CLUSTER, host.path, environment={"PYTHONPATH": "/nonexistent", "PYTHONHOME": "/nonexistent"}
+    )
     assert (result.returncode, result.stderr) == (0, "")
 
 

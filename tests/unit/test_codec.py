@@ -46,7 +46,7 @@ def load(path: Path | str, chunk: int = -1) -> bytes:
     with open_reader(str(path)) as reader:
         if chunk < 0:
             return reader.read()
-        parts = []
+        parts: list[bytes] = []
         while True:
             part = reader.read(chunk)
             if not part:
@@ -86,12 +86,20 @@ def test_reads_give_as_much_as_was_asked_until_the_end(tmp_path: Path, name: str
     store(tmp_path / "f", name, NOISE)
     with open_reader(str(tmp_path / "f")) as reader:
         assert reader.read(0) == b""
-        assert [len(reader.read(size)) for size in (1, 7, 100_000, 10**9, 5)] == [1, 7, 100_000, len(NOISE) - 100_008, 0]
+        assert [len(reader.read(size)) for size in (1, 7, 100_000, 10**9, 5)] == [
+            1,
+            7,
+            100_000,
+            len(NOISE) - 100_008,
+            0,
+        ]
         assert reader.read() == b""
 
 
 @pytest.mark.parametrize("name", CHECKED)
-def test_compressed_file_is_told_by_its_first_bytes_and_readable_by_the_usual_command(tmp_path: Path, name: str) -> None:
+def test_compressed_file_is_told_by_its_first_bytes_and_readable_by_the_usual_command(
+    tmp_path: Path, name: str
+) -> None:
     stored = store(tmp_path / "anything", name, TEXT)
     assert detect(stored[:8]) == name
     assert len(stored) < len(TEXT) / 10
@@ -117,7 +125,23 @@ def test_truncation_anywhere_is_damage_and_names_the_file(tmp_path: Path, name: 
     stored = store(tmp_path / "whole", name, content)
     size = len(stored)
     # Below five bytes nothing tells a codec any more; such a file is of the wrong size for whoever reads it.
-    cuts = {5, 6, 7, 10, 15, 20, size // 4, size // 2, 3 * size // 4, size - 9, size - 8, size - 5, size - 4, size - 2, size - 1}
+    cuts = {
+        5,
+        6,
+        7,
+        10,
+        15,
+        20,
+        size // 4,
+        size // 2,
+        3 * size // 4,
+        size - 9,
+        size - 8,
+        size - 5,
+        size - 4,
+        size - 2,
+        size - 1,
+    }
     for cut in sorted(cut for cut in cuts if 5 <= cut < size):
         path = tmp_path / "cut"
         path.write_bytes(stored[:cut])
@@ -132,7 +156,7 @@ def test_truncation_anywhere_is_damage_and_names_the_file(tmp_path: Path, name: 
 @pytest.mark.parametrize("content", [TEXT, NOISE], ids=["text", "noise"])
 def test_flipped_bit_anywhere_never_gives_other_content(tmp_path: Path, name: str, content: bytes) -> None:
     stored = store(tmp_path / "whole", name, content)
-    chosen = random.Random(1).sample(range(6, len(stored)), 12) + [len(stored) - 1, len(stored) - 6]
+    chosen = [*random.Random(1).sample(range(6, len(stored)), 12), len(stored) - 1, len(stored) - 6]
     noticed = 0
     for at in chosen:
         path = tmp_path / "flipped"
@@ -201,7 +225,7 @@ def test_unknown_or_impossible_codec_leaves_no_file(tmp_path: Path, name: str) -
     assert os.listdir(tmp_path) == []
 
 
-def in_a_small_filesystem(limit: int, function: Callable[[], None]) -> bytes:
+def in_a_small_filesystem(limit: int, function: Callable[[], object]) -> bytes:
     """Run ``function`` in a child whose files may not grow beyond ``limit`` bytes; returns what it raised."""
     read, write = os.pipe()
     pid = os.fork()
@@ -223,14 +247,20 @@ def in_a_small_filesystem(limit: int, function: Callable[[], None]) -> bytes:
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("size", [1, 20], ids=["at-the-end", "in-between"])
 def test_full_disk_removes_the_file_and_says_so(tmp_path: Path, name: str, size: int) -> None:
-    raised = in_a_small_filesystem(100_000, lambda: store(tmp_path / "f", name, NOISE * size) and None)
+    raised = in_a_small_filesystem(100_000, lambda: store(tmp_path / "f", name, NOISE * size))
     assert b"File too large" in raised or b"Write error" in raised, raised
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
     ("head", "name"),
-    [(b"", "none"), (b"\x18\xd1", "none"), (b"\x1f\x8b\x08", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\x04\x22\x4d\x18", "lz4")],
+    [
+        (b"", "none"),
+        (b"\x18\xd1", "none"),
+        (b"\x1f\x8b\x08", "gzip"),
+        (b"\x28\xb5\x2f\xfd", "zstd"),
+        (b"\x04\x22\x4d\x18", "lz4"),
+    ],
 )
 def test_codec_is_told_by_magic(head: bytes, name: str) -> None:
     assert detect(head) == name
@@ -257,7 +287,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
     real = os.access
-    monkeypatch.setattr(codec.os, "access", lambda path, mode: path.startswith(str(tmp_path)) and real(path, mode))
+    monkeypatch.setattr(os, "access", lambda path, mode: path.startswith(str(tmp_path)) and real(path, mode))
     return folder
 
 

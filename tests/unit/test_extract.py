@@ -42,7 +42,9 @@ CONTENT = {
 }
 
 
-def member(name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "") -> tuple[tarfile.TarInfo, bytes]:
+def member(
+    name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = ""
+) -> tuple[tarfile.TarInfo, bytes]:
     info = tarfile.TarInfo(name.rstrip("/"))
     info.type = tarfile.DIRTYPE if name.endswith("/") else kind
     info.mode = 0o700 if name.endswith("/") else 0o600
@@ -226,9 +228,7 @@ def test_restored_file_that_differs_is_an_error_with_its_name(
         verify(backup, str(tmp_path), "/pgdata", str(tmp_path))
 
 
-def test_manifest_that_was_exchanged_is_refused(
-    tmp_path: Path, verified: tuple[Backup, Callable[[str], None]]
-) -> None:
+def test_manifest_that_was_exchanged_is_refused(tmp_path: Path, verified: tuple[Backup, Callable[[str], None]]) -> None:
     backup, play = verified
     play("exit 0")
     put(tmp_path, "backup_manifest", b"another!")
@@ -237,7 +237,9 @@ def test_manifest_that_was_exchanged_is_refused(
     assert not (tmp_path / "argv").exists()
 
 
-paths = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20).map(lambda path: "/" + path)
+paths = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20).map(
+    lambda path: "/" + path
+)
 
 
 @given(st.dictionaries(st.integers(1, 2**32 - 1), paths, min_size=1, max_size=4))

@@ -91,6 +91,7 @@ def test_what_is_no_segment_is_not_indexed_as_one(tmp_path: Path) -> None:
     put(log, "notes.txt", b"")
     put(log, f"{wal_name(1, 6)}.gz", b"")
     put(archive, ".00000002.history.123.abcd.tmp", b"")
+    put(archive, ".nfs0000.history", b"")
     put(archive, "README", b"")
     put(archive, "old.history", b"rubbish")
     index = scan(folder)
@@ -133,5 +134,5 @@ def test_chapters_are_scanned_apart(tmp_path: Path) -> None:
 def test_file_with_a_number_that_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     folder = make_repository(tmp_path / "r", size=16 * MIB)
     put(Path(folder.archive_path()) / wal_name(1, 300)[:16], wal_name(1, 300), b"")
-    with pytest.raises(PitrError, match="000000010000000000.*cannot be a segment"):
+    with pytest.raises(PitrError, match=r"000000010000000000.*cannot be a segment"):
         scan(folder)

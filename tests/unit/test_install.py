@@ -119,8 +119,12 @@ def test_everything_is_readable_by_the_servers_user_whatever_the_umask(tmp_path:
     assert modes[f"{CLUSTER}.json"] == 0o644
 
 
-@pytest.mark.parametrize("settings", [{"repository": "/r", "compression": "brotli"}, {"repository": "/r", "compression": "gzip:99"}])
-def test_settings_that_cannot_be_are_refused_before_anything_is_written(tmp_path: Path, settings: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"repository": "/r", "compression": "brotli"}, {"repository": "/r", "compression": "gzip:99"}]
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_written(
+    tmp_path: Path, settings: dict[str, str]
+) -> None:
     with pytest.raises(PitrError, match="Compression"):
         install(str(tmp_path / "d"), CLUSTER, settings, interpreters()[0])
     with pytest.raises(PitrError, match="cannot name a cluster"):
@@ -143,7 +147,7 @@ def test_interpreter_is_not_that_of_a_virtual_environment() -> None:
 
 
 def test_launcher_is_plain_posix_shell(tmp_path: Path) -> None:
-    directory = tmp_path / "a'b \"c\" $d"
+    directory = tmp_path / 'a\'b "c" $d'
     install(str(directory), CLUSTER, SETTINGS, interpreters()[0])
     text = (directory / COMMAND).read_text()
     assert text.startswith("#!/bin/sh\n") and f"# pitr-wal: {module.VERSION}\n" in text

@@ -188,7 +188,7 @@ def test_new_database_is_made_with_the_comment_and_the_base_row(server: Server) 
     Load(Login(), "/bin", 'dr"ill').prepare()
     statements = [sql for sql, _parameters in server.history]
     assert 'CREATE DATABASE "dr""ill"' in statements
-    assert (f'COMMENT ON DATABASE "dr""ill" IS %s', (COMMENT,)) in server.history
+    assert ('COMMENT ON DATABASE "dr""ill" IS %s', (COMMENT,)) in server.history
     assert statements[-1] == f"INSERT INTO {STATUS} VALUES (1, 0, 'base')"
     assert not any(sql.startswith("DROP") for sql in statements)
 

@@ -4,8 +4,8 @@
 
 """The plan: examples of every refusal, and random worlds against a simulation of what PostgreSQL would read.
 
-The simulation goes through the archive segment by segment as xlogrecovery.c does and knows nothing of the plan's code. It
-takes every position for the beginning of a record, and a transaction's end for a position with a time.
+The simulation goes through the archive segment by segment as xlogrecovery.c does and knows nothing of the plan's code.
+It takes every position for the beginning of a record, and a transaction's end for a position with a time.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ B2 = make_backup("b2", start=6 * MIB + 40, stop=6 * MIB + 256, minute=10)
 WHOLE = archive({1: list(range(2, 10))})
 
 
-# Which backup ------------------------------------------------------------------------------------------------------------
+# --- Which backup
 
 
 def test_end_of_the_archive_begins_with_the_newest_backup() -> None:
@@ -176,7 +176,7 @@ def test_plan_is_told_in_full() -> None:
     }
 
 
-# Refusals ----------------------------------------------------------------------------------------------------------------
+# --- Refusals
 
 
 def test_no_backup_is_refused() -> None:
@@ -214,7 +214,9 @@ def test_target_before_the_end_of_the_named_backup_is_refused_although_another_f
     assert code == "target_before_backup" and str(B2.stop_lsn) in text
 
 
-@pytest.mark.parametrize(("option", "word"), [({"target_xid": "745"}, "transaction 745"), ({"target_name": "p"}, "'p'")])
+@pytest.mark.parametrize(
+    ("option", "word"), [({"target_xid": "745"}, "transaction 745"), ({"target_name": "p"}, "'p'")]
+)
 def test_target_that_was_not_found_is_refused_with_what_can_be_restored(option: dict[str, str], word: str) -> None:
     code, text = refusal([B1, B2], WHOLE, target(**option))
     assert code == "target_not_in_archive" and word in text
@@ -267,7 +269,7 @@ def test_time_needs_a_later_transaction_in_the_archive(microseconds: int, inclus
         assert code == "target_beyond_archive" and "2026-03-01 12:05:00.000000+00:00" in text
 
 
-# Timelines ---------------------------------------------------------------------------------------------------------------
+# --- Timelines
 
 # 2 left 1 in the middle of segment 6; timeline 1 went on to 9.
 SWITCH = 6 * MIB + 2 * QUARTER
@@ -330,8 +332,11 @@ def test_latest_does_not_fall_back_when_the_newest_history_is_missing() -> None:
 
 def test_timeline_of_a_backup_without_history_is_refused_by_name() -> None:
     backup = make_backup("b", timeline=2)
-    code, text = refusal([B1, dataclasses.replace(backup, stopped_at=EPOCH + datetime.timedelta(hours=1))],
-                         archive({1: [2, 3]}), target(target_timeline="current"))
+    code, text = refusal(
+        [B1, dataclasses.replace(backup, stopped_at=EPOCH + datetime.timedelta(hours=1))],
+        archive({1: [2, 3]}),
+        target(target_timeline="current"),
+    )
     assert code == "timeline_unknown" and "no 00000002.history" in text
 
 
@@ -376,7 +381,9 @@ def test_parents_copy_of_the_switch_segment_is_refused_for_what_may_lie_behind_t
     ],
     ids=["lsn-exclusive", "lsn-before", "xid", "time", "immediate"],
 )
-def test_parents_copy_of_the_switch_segment_will_do_for_what_stops_before_the_switch(options: dict[str, object]) -> None:
+def test_parents_copy_of_the_switch_segment_will_do_for_what_stops_before_the_switch(
+    options: dict[str, object],
+) -> None:
     found = plan([B1], PARENT_ONLY, **options)  # type: ignore[arg-type]
     assert found.timeline == 2
     assert found.last_segment.startswith("00000001")
@@ -388,7 +395,7 @@ def test_switch_on_a_border_needs_the_new_timelines_own_segment() -> None:
     assert refusal([B1], archive({1: [2, 3, 4, 5]}, border), target())[0] == "timeline_not_archived"
 
 
-# Random worlds -----------------------------------------------------------------------------------------------------------
+# --- Random worlds
 
 
 def clock(timeline: int, position: int) -> datetime.datetime:
@@ -523,14 +530,16 @@ def worlds(draw: st.DrawFn) -> World:
         at = draw(st.integers(6, LAST))
         switches[timeline] = (parent, at)
         segments[timeline] = set(range(at // 4, draw(st.integers(at // 4, at // 4 + 4))))
-    for timeline, numbers in segments.items():
-        numbers -= draw(st.sets(st.sampled_from(sorted(numbers)), max_size=1)) if numbers and draw(st.booleans()) else set()
-        segments[timeline] = numbers
-    backups = []
+    for numbers in segments.values():
+        if draw(st.booleans()) and numbers:
+            numbers.discard(draw(st.sampled_from(sorted(numbers))))
+    backups: list[Backup] = []
     for place in range(draw(st.integers(1, 4))):
         timeline = draw(st.integers(1, len(switches) + 1))
         start = max(draw(st.integers(4, LAST)), switches[timeline][1] if timeline > 1 else 0)
         stop = start + draw(st.integers(1, 6))
+        while any(backup.stop_lsn == stop * QUARTER for backup in backups):
+            stop += 1
         minutes = (clock(timeline, stop) - EPOCH).total_seconds() / 60
         backups.append(make_backup(f"b{place}", timeline, start * QUARTER, stop * QUARTER, minutes))
     places = st.tuples(st.integers(1, len(switches) + 1), st.integers(4, LAST + 8))
@@ -600,22 +609,29 @@ def eligible(world: World, timeline: int, asked: RecoveryTarget, location: Locat
 
 
 def last_replayable(world: World, backup: Backup, timeline: int) -> datetime.datetime:
-    """The time of the last transaction of the timeline's past that the archive holds without a hole from this backup."""
-    best = backup.stopped_at
+    """The time of the last transaction of the timeline's past that the archive holds without a hole from this backup.
+
+    Without any, a time before all that this backup can be used for.
+    """
+    best = backup.stopped_at - datetime.timedelta(microseconds=1)
     number = backup.start_lsn // MIB
     while True:
-        tlis = {world.owner(timeline, position) for position in range(number * 4, number * 4 + 4)}
-        there = {tli for tli in tlis if number in world.segments.get(tli, ())}
-        if not there:
-            return best
+        writers = [world.owner(timeline, position) for position in range(number * 4, number * 4 + 4)]
+        own = number in world.segments.get(writers[-1], ())
+        # The parent's copy ends it, and with something later on the new timeline it is a hole.
+        later = any(other > number for other in world.segments.get(writers[-1], ()))
+        readable = (
+            set(writers) if own else {tli for tli in writers if not later and number in world.segments.get(tli, ())}
+        )
         for tli, at in world.commits:
-            if at // 4 == number and at >= backup.start_lsn // QUARTER and tli in there:
-                if world.owner(timeline, at) == tli:
-                    best = max(best, clock(tli, at))
+            if at // 4 == number and at >= backup.start_lsn // QUARTER and writers[at % 4] == tli in readable:
+                best = max(best, clock(tli, at))
+        if not own:
+            return best
         number += 1
 
 
-@settings(deadline=None, max_examples=1500)
+@settings(deadline=None, max_examples=700)
 @given(questions())
 def test_plan_agrees_with_what_postgresql_would_do(question: tuple[World, RecoveryTarget, Location | None]) -> None:
     world, asked, location = question
@@ -641,7 +657,9 @@ def test_plan_agrees_with_what_postgresql_would_do(question: tuple[World, Recove
         if asked.kind == "xid" and location is None:
             assert code in ("target_not_in_archive", "no_backup_on_timeline", "backup_damaged")
             return
-        for backup in fitting:
+        # An older backup needs the same WAL to come to the same target. Only where any end will do could it end before
+        # what the newest lacks, and then it is right to say so instead of restoring less.
+        for backup in fitting[:1] if asked.kind in ("latest", "immediate") else fitting:
             try:
                 outcome = recover(world, backup, timeline, asked, location)
             except Fatal:
@@ -663,5 +681,5 @@ def test_plan_agrees_with_what_postgresql_would_do(question: tuple[World, Recove
     numbers = range(found.backup.start_lsn // MIB, max(outcome.read) + 1)
     assert set(outcome.read) == set(numbers), "segments are missing"
     assert found.first_segment == wal_name(found.backup.timeline, numbers[0])
-    if asked.kind != "time":
+    if asked.kind != "time" and not outcome.borrowed:
         assert found.last_segment == wal_name(outcome.read[last], last)

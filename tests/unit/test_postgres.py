@@ -42,7 +42,9 @@ names = st.from_regex(r"[a-z_][a-z0-9_]{0,20}(\.[a-z_][a-z0-9_]{0,10})?", fullma
 def test_words_of_a_command_reach_the_program_unchanged(argv: list[str]) -> None:
     """The server turns %% into % and starts the rest with sh -c (BuildArchiveCommand, system)."""
     line = shell_command(["printf", "%s\\0", *argv]).replace("%%", "%")
-    said = subprocess.run(["/bin/sh", "-c", line], capture_output=True, check=True).stdout.decode("utf-8", "surrogateescape")
+    said = subprocess.run(["/bin/sh", "-c", line], capture_output=True, check=True).stdout.decode(
+        "utf-8", "surrogateescape"
+    )
     assert said.split("\0")[:-1] == (argv or [""])
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.pgdrill.pitr.plugins.module_utils import recovery, recovery_conf
+from ansible_collections.pgdrill.pitr.plugins.module_utils import recovery, recovery_conf, settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import FLOORS, ControlData, Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery import (
@@ -322,7 +322,12 @@ def test_waiting_ends_after_the_timeout_with_the_progress(server: Server) -> Non
     server.answers["SELECT pg_is_in_recovery(), CASE"] = [(True, "0/3000000", "not paused")]
     reached, progress = recovery_of(server).wait(0)
     assert reached is None
-    assert (progress.state, progress.lsn, progress.end_lsn, progress.percent) == ("replaying", "0/3000000", "0/4000000", 50.0)
+    assert (progress.state, progress.lsn, progress.end_lsn, progress.percent) == (
+        "replaying",
+        "0/3000000",
+        "0/4000000",
+        50.0,
+    )
     assert progress.remaining_seconds is not None and 55 < progress.remaining_seconds < 70
 
 
@@ -387,7 +392,7 @@ def test_paused_recovery_is_resumed(server: Server) -> None:
 
 def test_accepting_removes_the_recovery_settings_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.plan()
-    monkeypatch.setattr(recovery.settings, "apply", lambda _login, reload: ["max_connections"] if reload else [])
+    monkeypatch.setattr(settings, "apply", lambda _login, reload: ["max_connections"] if reload else [])
     assert recovery_of(server).accept() == (True, ["max_connections"])
     assert recovery_conf.planned(str(server.pgdata)) is None
     assert recovery_of(server).accept() == (False, [])

@@ -24,7 +24,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery_conf import 
 )
 
 SETTINGS = {
-    "restore_command": "/opt/pitr-wal get main \"%f\" \"%p\"",
+    "restore_command": '/opt/pitr-wal get main "%f" "%p"',
     "recovery_target_lsn": "0/3000060",
     "recovery_target_timeline": "2",
     "archive_command": "it's 100%% held \\ here",
@@ -47,7 +47,7 @@ recovery_end_command = 'rm -rf /'
 archive_cleanup_command = 'rm %r'
 archive_mode = 'always'
 """
-KEPT = AUTO.splitlines(keepends=True)[:3] + [AUTO.splitlines(keepends=True)[4]]
+KEPT = [*AUTO.splitlines(keepends=True)[:3], AUTO.splitlines(keepends=True)[4]]
 
 
 @pytest.fixture

@@ -35,7 +35,11 @@ def good(name: str = "latest") -> Raw:
         "target": {"recovery_target_xid": "745"},
         "expected": {"sequence": 7, "phase": "end"},
         "amcheck_wanted": True,
-        "stop": {"seconds": 0.5, "started_at": "2026-03-01T12:00:00+00:00", "finished_at": "2026-03-01T12:00:00.5+00:00"},
+        "stop": {
+            "seconds": 0.5,
+            "started_at": "2026-03-01T12:00:00+00:00",
+            "finished_at": "2026-03-01T12:00:00.5+00:00",
+        },
         "restore": {
             "seconds": 3.25,
             "plan": {
@@ -303,7 +307,14 @@ def test_summary_of_a_failure_names_reasons_differences_and_the_old_directory() 
         "identical": False,
         "difference_count": 7,
         "differences": [
-            {"database": "app", "object": f"table t{n}", "kind": "changed", "line": 9, "truth": "1\ta", "restored": "1\tb"}
+            {
+                "database": "app",
+                "object": f"table t{n}",
+                "kind": "changed",
+                "line": 9,
+                "truth": "1\ta",
+                "restored": "1\tb",
+            }
             for n in range(7)
         ],
     }

@@ -155,7 +155,9 @@ def test_damaged_document_is_named(tmp_path: Path, name: str, content: str, why:
     assert str(tmp_path / name) in caught.value.message
 
 
-@pytest.mark.parametrize("chapters", [None, [], {}, "18-1", [{}], [{"number": 1}], [1], [{**chapter().to_dict(), "extra": 1}]])
+@pytest.mark.parametrize(
+    "chapters", [None, [], {}, "18-1", [{}], [{"number": 1}], [1], [{**chapter().to_dict(), "extra": 1}]]
+)
 def test_cluster_document_without_usable_chapters_is_named(tmp_path: Path, chapters: object) -> None:
     make_repository(tmp_path)
     path = tmp_path / CLUSTER / CLUSTER_FILE
@@ -179,7 +181,11 @@ def test_cluster_name_that_would_not_be_one_folder_is_refused(name: str) -> None
 def test_wal_files_lie_below_their_4_gb_of_wal(tmp_path: Path) -> None:
     folder = make_repository(tmp_path)
     archive = folder.archive_path()
-    for name in ("000000010000000A00000001", "000000010000000A00000001.partial", "000000010000000A00000001.00000028.backup"):
+    for name in (
+        "000000010000000A00000001",
+        "000000010000000A00000001.partial",
+        "000000010000000A00000001.00000028.backup",
+    ):
         assert folder.wal_path(WalFile.parse(name)) == f"{archive}/000000010000000A/{name}"
     assert folder.wal_path(WalFile.parse("00000002.history")) == f"{archive}/00000002.history"
 
@@ -218,7 +224,7 @@ def test_atomic_write_that_fails_leaves_the_old_file_and_no_other(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(repository.os, step, fail)
+        patch.setattr(os, step, fail)
         with pytest.raises(OSError, match="No space"):
             write_atomic(str(path), b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]
@@ -236,8 +242,8 @@ def test_atomic_write_is_on_stable_storage_before_its_name_is(tmp_path: Path, mo
         steps.append("rename")
         real_rename(source, target)
 
-    monkeypatch.setattr(repository.os, "fsync", fsync)
-    monkeypatch.setattr(repository.os, "rename", rename)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
     write_atomic(str(tmp_path / "f"), b"x")
     assert steps == ["fsync file", "rename", "fsync directory"]
 

@@ -7,8 +7,12 @@
 from __future__ import annotations
 
 import datetime
+import subprocess
+from pathlib import Path
+from typing import Any
 
 import pytest
+from ansible_collections.pgdrill.pitr.plugins.module_utils import target as module
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.target import (
     ACTIONS,
@@ -20,6 +24,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.target import (
     parse_xid,
 )
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import Lsn
+from ansible_collections.pgdrill.pitr.tests.unit.support import interpreters
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,7 +48,7 @@ times = st.datetimes(datetime.datetime(1, 1, 2), datetime.datetime(9999, 12, 30)
 def targets(draw: st.DrawFn) -> RecoveryTarget:
     """Any target that can be asked for."""
     kind = draw(st.sampled_from(KINDS))
-    value: dict[str, object] = {}
+    value: dict[str, Any] = {}
     if kind == "time":
         value["time"] = draw(times).astimezone(UTC)
     elif kind == "xid":
@@ -55,7 +60,7 @@ def targets(draw: st.DrawFn) -> RecoveryTarget:
     timeline = draw(st.one_of(st.sampled_from(["latest", "current"]), st.integers(1, 2**32 - 1).map(str)))
     return RecoveryTarget(
         kind, inclusive=draw(st.booleans()), timeline=timeline, action=draw(st.sampled_from(ACTIONS)), **value
-    )  # type: ignore[arg-type]
+    )
 
 
 def options_of(target: RecoveryTarget) -> dict[str, object]:
@@ -102,7 +107,9 @@ def test_settings_hold_the_value_that_was_asked(target: RecoveryTarget) -> None:
 
 
 def test_nothing_asked_is_the_end_of_the_archive() -> None:
-    assert RecoveryTarget.from_options({}) == RecoveryTarget("latest", inclusive=True, timeline="latest", action="promote")
+    assert RecoveryTarget.from_options({}) == RecoveryTarget(
+        "latest", inclusive=True, timeline="latest", action="promote"
+    )
     blank = {option: "" for option in TARGET_SETTINGS} | {"recovery_target_timeline": None}
     assert RecoveryTarget.from_options(blank) == RecoveryTarget()
 
@@ -192,21 +199,38 @@ def test_text_that_is_no_time_is_refused(text: str) -> None:
         parse_time(text)
 
 
-@pytest.mark.parametrize(
-    ("text", "utc"),
-    [
-        ("2026-03-01 14:30:00+00", "2026-03-01 14:30:00.000000+00:00"),
-        ("2026-03-01T14:30Z", "2026-03-01 14:30:00.000000+00:00"),
-        ("2026-03-01 14:30:00 utc", "2026-03-01 14:30:00.000000+00:00"),
-        ("2026-03-01 14:30:00.5+01", "2026-03-01 13:30:00.500000+00:00"),
-        ("2026-03-01 14:30:00.000001-0530", "2026-03-01 20:00:00.000001+00:00"),
-        ("2026-03-01 00:30:00+05:45", "2026-02-28 18:45:00.000000+00:00"),
-        (" 2026-03-01 14:30:00.12 +00:00 ", "2026-03-01 14:30:00.120000+00:00"),
-    ],
-)
+TIMES = [
+    ("2026-03-01 14:30:00+00", "2026-03-01 14:30:00.000000+00:00"),
+    ("2026-03-01T14:30Z", "2026-03-01 14:30:00.000000+00:00"),
+    ("2026-03-01 14:30:00 utc", "2026-03-01 14:30:00.000000+00:00"),
+    ("2026-03-01 14:30:00.5+01", "2026-03-01 13:30:00.500000+00:00"),
+    ("2026-03-01 14:30:00.000001-0530", "2026-03-01 20:00:00.000001+00:00"),
+    ("2026-03-01 00:30:00+05:45", "2026-02-28 18:45:00.000000+00:00"),
+    (" 2026-03-01 14:30:00.12 +00:00 ", "2026-03-01 14:30:00.120000+00:00"),
+]
+
+
+@pytest.mark.parametrize(("text", "utc"), TIMES)
 def test_time_with_offset_is_brought_to_utc(text: str, utc: str) -> None:
     assert format_time(parse_time(text)) == utc
     assert parse_time(text).tzinfo is UTC
+
+
+@pytest.mark.parametrize("python", interpreters())
+def test_times_are_read_on_every_supported_interpreter(python: str) -> None:
+    """datetime.fromisoformat() understands less before Python 3.11."""
+    package = Path(module.__file__).parent
+    code = (
+        f"import sys; sys.path.insert(0, {str(package.parent)!r})\n"
+        f"from {package.name}.target import format_time, parse_time\n"
+        f"for text, utc in {TIMES!r}: assert format_time(parse_time(text)) == utc, text\n"
+    )
+    subprocess.run([python, "-I", "-S", "-B", "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["x" * 63, "ä" * 31 + "x"])
+def test_longest_name_of_a_restore_point_is_taken(name: str) -> None:
+    assert RecoveryTarget.from_options({"recovery_target_name": name}).name == name
 
 
 @given(times)
@@ -222,7 +246,15 @@ def test_transaction_ids_of_32_and_64_bits_are_read(xid: int) -> None:
 
 @pytest.mark.parametrize(
     ("value", "timeline"),
-    [(None, "latest"), ("", "latest"), ("latest", "latest"), ("current", "current"), (3, "3"), ("010", "10"), ("0xA", "10")],
+    [
+        (None, "latest"),
+        ("", "latest"),
+        ("latest", "latest"),
+        ("current", "current"),
+        (3, "3"),
+        ("010", "10"),
+        ("0xA", "10"),
+    ],
 )
 def test_timeline_is_latest_current_or_a_number(value: object, timeline: str) -> None:
     assert parse_timeline(value) == timeline

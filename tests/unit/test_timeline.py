@@ -32,7 +32,7 @@ def test_history_file_of_a_server_is_read() -> None:
 
 
 def test_comments_empty_lines_spaces_and_missing_reasons_are_read() -> None:
-    text = "# by hand\n\n  1   0/100\n\t# more\n2 A/200   at restore point \"a b\"  \r\n"
+    text = '# by hand\n\n  1   0/100\n\t# more\n2 A/200   at restore point "a b"  \r\n'
     assert parse_history(3, text) == [Switch(1, Lsn(0x100), ""), Switch(2, Lsn.parse("A/200"), "")]
     assert parse_history(3, text)[1].reason == 'at restore point "a b"'
 
@@ -70,11 +70,25 @@ def test_malformed_history_is_refused_with_its_name_and_line(timeline: int, text
     assert why in caught.value.message
 
 
+def test_timeline_1_has_no_parent_and_needs_none() -> None:
+    assert parse_history(1, "") == []
+    with pytest.raises(PitrError, match=r"00000002\.history names no parent"):
+        parse_history(2, "")
+
+
+def test_switches_are_equal_when_timeline_and_position_are() -> None:
+    switch = Switch(1, Lsn(0x100), "why")
+    assert switch == Switch(1, Lsn(0x100), "whatever") and hash(switch) == hash(Switch(1, Lsn(0x100), ""))
+    assert switch not in (Switch(2, Lsn(0x100), "why"), Switch(1, Lsn(0x101), "why"), (1, 0x100))
+
+
 def test_two_switches_at_the_same_position_are_read() -> None:
     assert len(parse_history(3, "1\t0/100\n2\t0/100")) == 2
 
 
-@given(ancestries(), st.sampled_from(["\n", "\n\n", "\r\n"]), st.text(st.characters(codec="ascii", categories=["L", "N"])))
+@given(
+    ancestries(), st.sampled_from(["\n", "\n\n", "\r\n"]), st.text(st.characters(codec="ascii", categories=["L", "N"]))
+)
 def test_every_ascending_history_round_trips(ancestry: list[tuple[int, int]], end: str, reason: str) -> None:
     text = "".join(f"{timeline}\t{Lsn(lsn)}\t{reason}{end}" for timeline, lsn in ancestry)
     found = parse_history(ancestry[-1][0] + 1, text)

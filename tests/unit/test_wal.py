@@ -50,7 +50,22 @@ def test_lsn_text_is_read(text: str, value: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "/", "0", "0/", "/0", "0/G", "0/123456789", "123456789/0", "0-0", "0/0/0", "-1/0", "0/ 1", "0x1/2", "0/1 extra"],
+    [
+        "",
+        "/",
+        "0",
+        "0/",
+        "/0",
+        "0/G",
+        "0/123456789",
+        "123456789/0",
+        "0-0",
+        "0/0/0",
+        "-1/0",
+        "0/ 1",
+        "0x1/2",
+        "0/1 extra",
+    ],
 )
 def test_malformed_lsn_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(PitrError, match=r"is not an LSN\. Expected .*0/3000060"):
@@ -189,9 +204,7 @@ def test_segment_number_that_does_not_fit_the_segment_size_is_refused() -> None:
 
 
 @given(positions(), timelines, st.integers(0, 2**64 - 1), st.sampled_from([0xD110, 0xD113, 0xD116, 0xD118]))
-def test_header_tells_what_the_server_wrote(
-    position: tuple[int, int], timeline: int, system: int, magic: int
-) -> None:
+def test_header_tells_what_the_server_wrote(position: tuple[int, int], timeline: int, system: int, magic: int) -> None:
     size, number = position
     found = SegmentHeader(header(timeline, number * size, system, size, magic) + b"more")
     assert found.timeline == timeline
