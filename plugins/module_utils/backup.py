@@ -398,8 +398,11 @@ def _lock(directory: str) -> int | None:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
     except OSError:
-        # Held by somebody; or a filesystem without locks, where only a directory that we have made is ours.
+        # A filesystem without locks: only a directory that we have made is ours.
         if created:
             return descriptor
         os.close(descriptor)

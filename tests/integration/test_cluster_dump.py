@@ -427,7 +427,7 @@ def test_an_interrupt_ends_pg_dumpall_and_its_children(
 
 # --- size ------------------------------------------------------------------------------------------------------------
 
-CHILD = """
+CHILD = r"""
 import json, re, sys
 from ansible_collections.pgdrill.pitr.plugins.module_utils.dump import Request, perform
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
