@@ -29,8 +29,18 @@ from .catalog import Backup, StoredFile, Tablespace
 from .errors import PitrError
 from .index import scan
 from .postgres import Login, binary, binary_version, query, run
-from .repository import BACKUP_FILE, ClusterFolder, fsync_directory, make_directory, read_json, write_json
-from .wal import Lsn
+from .repository import (
+    BACKUP_FILE,
+    ClusterFolder,
+    fsync_directory,
+    make_directory,
+    read_json,
+    temporary_name,
+    write_atomic,
+    write_json,
+)
+from .timeline import parse_history
+from .wal import Lsn, history_name
 
 MANIFEST = "backup_manifest"
 _RANGE = re.compile(rb'\{ "Timeline": (\d+), "Start-LSN": "([0-9A-F/]+)", "End-LSN": "([0-9A-F/]+)" \}')
@@ -204,6 +214,7 @@ class BaseBackup:
                 )[0]
                 backup = self._describe(partial, label, facts, started_at, stopped_at, next_xid)
                 self._await_wal(backup)
+                self._keep_history(backup.timeline)
                 write_json(os.path.join(partial, BACKUP_FILE), backup.to_dict())
                 os.rename(partial, final)
                 fsync_directory(self._folder.backups_path)
@@ -384,6 +395,27 @@ class BaseBackup:
                     f" {self._folder.archive_path()}. It archives somewhere else. The backup was removed again."
                 )
             time.sleep(0.2)
+
+    def _keep_history(self, timeline: int) -> None:
+        """Get the history file of the backup's timeline into the archive.
+
+        It is not there when the server came to its timeline before it archived here, and nothing could be restored
+        without it. The replication protocol hands it out (TIMELINE_HISTORY).
+        """
+        stored = os.path.join(self._folder.archive_path(), history_name(timeline))
+        if timeline == 1 or os.path.exists(stored):
+            return
+        with contextlib.closing(self._login.connect(replication=True)) as connection:
+            content = query(connection, f"TIMELINE_HISTORY {int(timeline)}")[0][1]
+        data = content.encode() if isinstance(content, str) else bytes(content)
+        parse_history(timeline, data.decode(errors="replace"))
+        temporary = temporary_name(stored)
+        write_atomic(temporary, data)
+        # The archiver may have brought it meanwhile; what is there is never replaced.
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, stored)
+        os.unlink(temporary)
+        fsync_directory(os.path.dirname(stored))
 
 
 def _lock(directory: str) -> int | None:

@@ -58,10 +58,14 @@ class Login:
     def __str__(self) -> str:
         return f"{self.user}@{self.host or self.unix_socket or 'local socket'}:{self.port}"
 
-    def connect(self, db: str = "", application_name: str = "pgdrill.pitr") -> Any:
-        """A psycopg2 connection in autocommit mode. Raises PitrError when there is none to be had."""
+    def connect(self, db: str = "", application_name: str = "pgdrill.pitr", replication: bool = False) -> Any:
+        """A psycopg2 connection in autocommit mode, or one that takes commands of the replication protocol.
+
+        Raises PitrError when there is none to be had.
+        """
         try:
             import psycopg2
+            import psycopg2.extras
         except ImportError:
             raise PitrError("The Python library psycopg2 is missing on this host. Install python3-psycopg2.") from None
         parameters: dict[str, Any] = {
@@ -75,11 +79,15 @@ class Login:
             parameters["host"] = self.host or self.unix_socket
         if self.password:
             parameters["password"] = self.password
+        if replication:
+            parameters["connection_factory"] = psycopg2.extras.PhysicalReplicationConnection
         try:
             connection = psycopg2.connect(**parameters)
         except psycopg2.Error as error:
             raise PitrError(f"No connection to {self}: {str(error).strip()}") from None
-        connection.autocommit = True
+        if not replication:
+            # A replication connection has no transactions, and psycopg2 does not let that be said.
+            connection.autocommit = True
         return connection
 
     @contextlib.contextmanager

@@ -143,7 +143,7 @@ class WalScanner:
                     stderr=complaints,
                     env={"PATH": os.environ.get("PATH", ""), "LC_ALL": "C", "TZ": "UTC"},
                 )
-                output = cast("IO[bytes]", process.stdout)
+                output = cast(IO[bytes], process.stdout)
                 try:
                     for line in output:
                         record = _parse(line.decode(errors="replace").rstrip("\n"), timeline)

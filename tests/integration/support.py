@@ -49,7 +49,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import Lsn
 CLUSTER = "main"
 SEGMENT_SIZE = 1024 * 1024
 # Seconds for anything a healthy server does here in less than two; never the measure of a test.
-PATIENCE = 60.0
+PATIENCE = float(os.environ.get("PGDRILL_TEST_PATIENCE") or 60)
 
 # The server's files are as safe as the test needs them; everything else is a primary's ordinary configuration.
 TEMPLATE_SETTINGS = """

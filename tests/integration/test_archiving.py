@@ -67,7 +67,7 @@ def test_archived_segments_are_the_servers_own(sandbox: MakeSandbox, restored: R
         # The server recycles segments, so that old ones are not there any more.
         assert not original.exists() or content == original.read_bytes()
         assert stored.stat().st_mode & 0o077 == 0
-    assert not [path for path in primary.archive.rglob("*.tmp")]
+    assert not list(primary.archive.rglob("*.tmp"))
     primary.server.stop()
     assert restored(primary).run().phase == "template"
 
@@ -204,11 +204,11 @@ def test_exit_codes_of_the_installed_command(history: History, tmp_path: Path) -
     assert fingerprint(storage.repository) == before
     # Everything else ends recovery, whatever it is.
     failures: list[Callable[[], Any]] = [
-        lambda: segments[2].unlink(),
+        segments[2].unlink,
         lambda: cut(segments[3]),
-        lambda: (storage.repository / "pitr-repository.json").unlink(),
+        (storage.repository / "pitr-repository.json").unlink,
         lambda: shutil.rmtree(storage.repository),
-        lambda: (Path(storage.wal_command).parent / f"{CLUSTER}.json").unlink(),
+        (Path(storage.wal_command).parent / f"{CLUSTER}.json").unlink,
         lambda: shutil.rmtree(Path(storage.wal_command).parent / "lib"),
     ]
     names = [segments[2].name, segments[3].name, *["0000000100000000000000FF"] * 4]

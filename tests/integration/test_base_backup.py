@@ -244,3 +244,28 @@ def test_standby_is_refused(history: History, restored: Restore) -> None:
 
     with pytest.raises(PitrError, match="is a standby"):
         BaseBackup(history.storage.folder, cluster.server.login, history.storage.bin_dir).take()
+
+
+def test_cluster_that_was_promoted_before_it_archived_here_can_be_restored(
+    sandbox: MakeSandbox, restored: Restore
+) -> None:
+    """Its archiver will never hand over the history file, and without it no server follows the timeline."""
+    primary = sandbox(start=False)
+    # Promoted elsewhere, long ago.
+    primary.configure({"archive_mode": "off"})
+    (primary.server.data / "standby.signal").touch()
+    primary.server.start()
+    assert primary.server.value("SELECT pg_promote()")
+    primary.configure({"archive_mode": "on"})
+    primary.server.restart()
+    backup = primary.backup("only")
+    assert backup.timeline == 2
+    assert not list((primary.server.data / "pg_wal" / "archive_status").glob("00000002.history*"))
+    own = (primary.server.data / "pg_wal" / "00000002.history").read_bytes()
+    assert (primary.archive / "00000002.history").read_bytes() == own
+    primary.commit("after")
+    primary.probe()
+    primary.server.stop()
+    cluster = restored(primary).run()
+    assert cluster.plan.timeline == 2
+    assert cluster.phase == "after"

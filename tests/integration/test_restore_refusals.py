@@ -110,8 +110,9 @@ def test_directory_with_something_else_in_it_is_refused(
         (nowhere / "PG_VERSION").write_text("18\n", encoding="ascii")
     else:
         (nowhere / "pitr-restoring.json").write_text('{"system_identifier": "1"}', encoding="ascii")
-    with refused(nowhere, history.storage, "directory_foreign"):
+    with refused(nowhere, history.storage, "directory_foreign") as messages:
         history.storage.plan(nowhere, force=force)
+    assert ("not a data directory" in messages[0]) == (kind != "a directory without pg_control")
 
 
 def test_directory_that_cannot_be_read_is_refused(history: History, nowhere: Path) -> None:

@@ -217,7 +217,7 @@ def test_recovery_that_ends_before_its_timeline_began_leaves_an_archive_that_can
         three.server.stop()
         cluster = restored(sandbox).run()
         assert cluster.plan.timeline == 3
-        assert [span.timeline for span in cluster.plan.spans] == [1, 3]
+        assert [(span.timeline, span.end) for span in cluster.plan.spans] == [(1, early.end), (3, None)]
         assert cluster.phase == "after early"
     finally:
         first.close()

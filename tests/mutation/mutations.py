@@ -87,7 +87,6 @@ MUTATIONS = (
         "    if not same:\n",
         "    if False:\n",
         "tests/unit/test_archive.py::test_different_duplicate_is_refused_and_nothing_changes",
-        f"{ARCHIVING}::test_copy_of_a_cluster_that_archives_into_the_same_folder_is_found_out",
         f"{ARCHIVING}::test_exit_codes_of_the_installed_command",
     ),
     _mutation(
@@ -343,6 +342,7 @@ MUTATIONS = (
         "timeline",
         "end = min(switches[position].lsn, spans[0].begin)",
         "end = switches[position].lsn",
+        "tests/unit/test_timeline.py::test_path_leaves_out_a_timeline_that_the_recovery_never_came_to",
         f"{TIMELINES}::test_recovery_that_ends_before_its_timeline_began_leaves_an_archive_that_can_be_restored",
     ),
     # --- target
@@ -658,6 +658,13 @@ MUTATIONS = (
         f"{BACKUP}::test_killed_backup_is_never_visible_and_its_name_can_be_used_again",
     ),
     _mutation(
+        "the history file of the backup's timeline is left to the archiver",
+        "backup",
+        "                self._keep_history(backup.timeline)\n",
+        "",
+        f"{BACKUP}::test_cluster_that_was_promoted_before_it_archived_here_can_be_restored",
+    ),
+    _mutation(
         "a failed backup stays",
         "backup",
         "            except BaseException:\n                shutil.rmtree(partial, ignore_errors=True)\n",
@@ -724,5 +731,20 @@ MUTATIONS = (
         '        if mode == "off":\n',
         "        if False:\n",
         f"{ARCHIVING}::test_probe_refuses_a_server_that_does_not_archive",
+    ),
+    # --- roles
+    Mutation(
+        "drill: a drill needs no confirmation",
+        "roles/drill/tasks/preflight.yml",
+        'that: "{{ drill_confirm == pitr_cluster }}"',
+        "that: true",
+        ("tests/integration/test_playbooks.py::test_nothing_is_destroyed_without_the_right_word",),
+    ),
+    Mutation(
+        "restore role: a restore needs no confirmation",
+        "roles/restore/tasks/main.yml",
+        "that: restore_confirm == pitr_cluster",
+        "that: true",
+        ("tests/integration/test_playbooks.py::test_nothing_is_destroyed_without_the_right_word",),
     ),
 )

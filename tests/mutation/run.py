@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # Copyright (c) 2026, pgdrill.pitr contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
@@ -45,6 +44,8 @@ class Copy:
             "ANSIBLE_CONFIG": str(self.tree / "ansible.cfg"),
             # A compiled file is told to be old by seconds and size, and a mutation may change neither.
             "PYTHONDONTWRITEBYTECODE": "1",
+            # Many tests notice a mutation by waiting in vain.
+            "PGDRILL_TEST_PATIENCE": "20",
         }
 
     def pytest(self, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:

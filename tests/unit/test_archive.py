@@ -183,6 +183,26 @@ def test_repository_and_pg_wal_may_have_any_path(tmp_path: Path, name: str) -> N
     assert site.get(wal_name(1, 3)) == segment(1, 3)
 
 
+@pytest.mark.parametrize("size", [2 * MIB, 16 * MIB])
+def test_segments_of_other_sizes_come_back(tmp_path: Path, size: int) -> None:
+    make_repository(tmp_path / "r", size=size)
+    content = segment(1, 3, size=size)
+    path = put(tmp_path / "pg_wal", wal_name(1, 3, size), content)
+    push(path, str(tmp_path / "r"), CLUSTER, "gzip")
+    get(wal_name(1, 3, size), str(tmp_path / "target"), str(tmp_path / "r"), CLUSTER)
+    assert (tmp_path / "target").read_bytes() == content
+
+
+def test_nothing_stays_open(site: Site) -> None:
+    site.store(3, compression="gzip")
+    before = len(os.listdir("/proc/self/fd"))
+    site.store(3, 4, compression="gzip")
+    site.get(wal_name(1, 3))
+    site.refuses_to_get(wal_name(1, 2), "hole")
+    site.refuses_to_push(site.write(wal_name(1, 4), segment(1, 4, seed=1)), "other content")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_relative_path_of_the_server_is_taken(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.write(wal_name(1, 3), segment(1, 3))
     monkeypatch.chdir(site.pg_wal.parent)
@@ -262,6 +282,19 @@ def test_first_segment_of_a_new_timeline_may_be_a_copy_of_its_parents(site: Site
         site.refuses_to_get(wal_name(2, 3), r"there is no 00000002\.history to explain it")
         site.push(past)
     assert site.get(wal_name(2, 3)) == Path(path).read_bytes()
+
+
+def test_history_beside_the_target_explains_a_copied_segment(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server has fetched it into pg_wal, where the segment goes too."""
+    past = site.write("00000002.history", history((1, "0/350000")))
+    site.push(site.write(wal_name(2, 3), segment(2, 3, written_on=1)))
+    monkeypatch.chdir(site.fetched)
+    for target in (str(site.fetched / "RECOVERYXLOG"), "RECOVERYXLOG"):
+        with pytest.raises(PitrError, match="there is no"):
+            get(wal_name(2, 3), target, str(site.repository), CLUSTER)
+        os.rename(past, site.fetched / "00000002.history")
+        get(wal_name(2, 3), target, str(site.repository), CLUSTER)
+        os.rename(site.fetched / "00000002.history", past)
 
 
 def test_two_switches_within_one_segment_leave_the_grandparents_number(site: Site) -> None:
@@ -402,6 +435,13 @@ def test_file_that_proves_no_later_wal_makes_no_hole(site: Site, name: str) -> N
     put(site.archive / wal_name(1, 3)[:16], name, b"x")
     with pytest.raises(Absent):
         site.get(wal_name(1, 4))
+
+
+@pytest.mark.parametrize("name", [f"{wal_name(1, 4)}.partial", f"{wal_name(1, 4)}.00000028.backup"])
+def test_file_that_not_every_segment_has_is_absent_among_later_segments(site: Site, name: str) -> None:
+    site.store(3, 5)
+    with pytest.raises(Absent):
+        site.get(name)
 
 
 def test_later_segment_of_another_timeline_makes_no_hole(site: Site) -> None:

@@ -624,7 +624,7 @@ def last_replayable(world: World, backup: Backup, timeline: int) -> datetime.dat
             set(writers) if own else {tli for tli in writers if not later and number in world.segments.get(tli, ())}
         )
         for tli, at in world.commits:
-            if at // 4 == number and at >= backup.start_lsn // QUARTER and writers[at % 4] == tli in readable:
+            if at // 4 == number and at >= backup.start_lsn // QUARTER and writers[at % 4] == tli and tli in readable:
                 best = max(best, clock(tli, at))
         if not own:
             return best

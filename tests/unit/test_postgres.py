@@ -263,7 +263,7 @@ def test_damaged_control_file_is_an_error(tmp_path: Path) -> None:
 
 def test_label_that_is_not_there_is_an_error() -> None:
     with pytest.raises(PitrError, match="shows no 'Database system identifier'"):
-        _ = ControlData({}).system_identifier
+        str(ControlData({}).system_identifier)
 
 
 def test_version_of_a_data_directory(tmp_path: Path) -> None:

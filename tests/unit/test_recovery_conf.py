@@ -97,6 +97,27 @@ def test_finish_without_a_recovery_has_nothing_to_do(pgdata: Path) -> None:
     assert not [name for name in auto(pgdata) if name.startswith("recovery_")]
 
 
+def test_finish_leaves_auto_conf_alone_when_nothing_was_taken_out(
+    pgdata: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pgdata / "postgresql.auto.conf"
+    path.write_text("work_mem = '64MB'")
+    put(pgdata)
+    before = path.stat().st_ino
+    synced: list[str] = []
+    monkeypatch.setattr(recovery_conf, "fsync_directory", synced.append)
+    assert finish(str(pgdata), str(pgdata)) is True
+    assert path.stat().st_ino == before and path.read_text() == "work_mem = '64MB'"
+    assert synced == [str(pgdata / "conf.d")]
+
+
+def test_plan_that_is_none_is_no_plan(pgdata: Path) -> None:
+    put(pgdata)
+    path = Path(include_path(str(pgdata)))
+    path.write_text("# pitr-plan: [1]\n")
+    assert planned(str(pgdata)) is None
+
+
 def test_second_writing_keeps_what_the_first_has_saved(pgdata: Path) -> None:
     """Raised floors are written in a second go, when postgresql.auto.conf is already cleaned."""
     put(pgdata)
@@ -130,7 +151,8 @@ def test_auto_conf_that_is_gone_meanwhile_is_made_anew(pgdata: Path) -> None:
     put(pgdata)
     (pgdata / "postgresql.auto.conf").unlink()
     assert finish(str(pgdata), str(pgdata)) is True
-    assert auto(pgdata) == {"archive_command": "cp %p /old/%f", "archive_mode": "always"}
+    text = (pgdata / "postgresql.auto.conf").read_text()
+    assert text == "archive_command = 'cp %p /old/%f'\narchive_mode = 'always'\n"
 
 
 @pytest.mark.parametrize("value", ["caf\udce9", "a\x85b", "a\x0bb", "a\u2028b"])
@@ -220,6 +242,13 @@ def test_damaged_include_file_is_named(pgdata: Path) -> None:
 def test_include_dir_is_found_only_where_it_is_in_force(tmp_path: Path, line: str, found: bool) -> None:
     (tmp_path / "postgresql.conf").write_text(f"port = 1\n{line}\n")
     assert has_include_dir(str(tmp_path)) is found
+
+
+@pytest.mark.parametrize("text", ["", "port = 1\n"])
+def test_include_dir_is_added_without_empty_lines(tmp_path: Path, text: str) -> None:
+    (tmp_path / "postgresql.conf").write_text(text)
+    ensure_include_dir(str(tmp_path))
+    assert (tmp_path / "postgresql.conf").read_text() == f"{text}include_dir = 'conf.d'\n"
 
 
 def test_include_dir_is_added_once_and_the_file_keeps_its_mode(tmp_path: Path) -> None:

@@ -235,7 +235,8 @@ def test_atomic_write_is_on_stable_storage_before_its_name_is(tmp_path: Path, mo
     real_fsync, real_rename = os.fsync, os.rename
 
     def fsync(descriptor: int) -> None:
-        steps.append("fsync directory" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "fsync file")
+        is_directory = os.path.isdir(f"/proc/self/fd/{descriptor}")
+        steps.append("fsync directory" if is_directory else f"fsync {os.fstat(descriptor).st_size} bytes")
         real_fsync(descriptor)
 
     def rename(source: str, target: str) -> None:
@@ -244,8 +245,12 @@ def test_atomic_write_is_on_stable_storage_before_its_name_is(tmp_path: Path, mo
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", rename)
-    write_atomic(str(tmp_path / "f"), b"x")
-    assert steps == ["fsync file", "rename", "fsync directory"]
+    write_atomic(str(tmp_path / "f"), b"four")
+    assert steps == ["fsync 4 bytes", "rename", "fsync directory"]
+    steps.clear()
+    make_directory(str(tmp_path / "d"))
+    make_directory(str(tmp_path / "d"))
+    assert steps == ["fsync directory"]
 
 
 def test_document_round_trips(tmp_path: Path) -> None:

@@ -84,10 +84,12 @@ class Server:
         self.wrong: list[tuple[Any, ...]] = []
         self.reloads = 0
         self.sessions = 0
+        self.english = False
         monkeypatch.setattr(settings, "query", self.query)
         monkeypatch.setattr(Login, "connect", lambda _self: Session(self))
 
     def query(self, session: Session, sql: str, _parameters: object = None) -> list[tuple[Any, ...]]:
+        self.english = self.english or sql == "SET lc_messages TO 'C'"
         if self.reloads:
             self.delay -= 1
         elif sql == "SELECT pg_reload_conf()":
@@ -95,6 +97,7 @@ class Server:
         if self.reloads and self.delay <= 0:
             self.loaded = True
         if sql.startswith("SELECT sourcefile"):
+            assert self.english, "the texts of errors are compared"
             return self.wrong
         if sql == "SELECT pg_conf_load_time()":
             return [(session.loaded_at,)]

@@ -19,7 +19,7 @@ from .say import SandboxError, problem
 
 _UNIT, _INTEGRATION = "tests/unit", "tests/integration"
 _NO_TEST_RAN = 5  # pytest's exit code
-_NEVER_COPIED = (".git", ".sandbox", ".venv", "evidence", "__pycache__")
+_NEVER_COPIED = (".hypothesis", ".git", ".sandbox", ".venv", "evidence", "__pycache__")
 
 
 def test(layout: Layout, majors: Sequence[int], arguments: Sequence[str]) -> int:
