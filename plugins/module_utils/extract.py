@@ -96,7 +96,16 @@ def verify(backup: Backup, folder: str, pgdata: str, bin_dir: str) -> None:
     argv = [binary(bin_dir, "pg_verifybackup"), "--no-parse-wal", "--quiet", f"--manifest-path={manifest}"]
     # Both names, because one of them is the other; pg_control proves itself by its own checksum.
     argv += [f"--ignore={PG_CONTROL}", f"--ignore={HELD_BACK}", "--ignore=pitr-restoring.json", pgdata]
-    run(argv)
+    try:
+        run(argv)
+    except PitrError as error:
+        # zstd as the server writes it has no checksum of its own, so that damage shows only here.
+        stored = [(os.path.join(folder, file.name), file.sha256) for file in backup.files]
+        changed = ", ".join(path for path, digest in stored if sha256(path) != digest)
+        reason = f"{changed} has changed since it was stored" if changed else "the stored files are as they were stored"
+        raise PitrError(
+            f"The restored files are not those of the backup {backup.label}: {reason}. {error.message}", path=changed
+        ) from None
 
 
 def rewrite_tablespace_map(pgdata: str, tablespaces: tuple[Tablespace, ...], locations: dict[int, str]) -> None:

@@ -254,7 +254,8 @@ class Recovery:
         it ended recovery elsewhere than asked, or when it is not recovering at all.
         """
         action = self.planned().get("target_action", "promote")
-        deadline = time.monotonic() + timeout
+        started = time.monotonic()
+        deadline = started + timeout
         pause = 0.05
         while True:
             progress = self.progress()
@@ -267,7 +268,9 @@ class Recovery:
             if time.monotonic() >= deadline:
                 return None, progress
             time.sleep(pause)
-            pause = min(pause * 1.3, 1.0)
+            # A short recovery is noticed at once; a long one is not asked five times a second.
+            waited = time.monotonic() - started
+            pause = min(pause * 1.3, 0.1 if waited < 10 else 1.0)
 
     def _died(self, why: str) -> PitrError:
         tail = log_tail(self._log_file) if self._log_file else ""

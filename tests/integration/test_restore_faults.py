@@ -74,19 +74,29 @@ def _damage_manifest(storage: Storage) -> str:
     return path.name
 
 
-def _swap_base(storage: Storage) -> str:
-    """Another backup's file, with the description changed to fit."""
+def _swap(storage: Storage, *names: str) -> None:
+    """Put another backup's files in place, with the description changed to fit as far as a look at sizes goes."""
     path = storage.backups / "third" / "backup.json"
     description = json.loads(path.read_text(encoding="utf-8"))
     for file in description["files"]:
-        if file["name"].startswith("base.tar"):
-            shutil.copyfile(_base(storage, "first"), _base(storage, "third"))
-            file["size"] = _base(storage, "third").stat().st_size
+        if file["name"].startswith(names):
+            shutil.copyfile(storage.backups / "first" / file["name"], storage.backups / "third" / file["name"])
+            file["size"] = (storage.backups / "third" / file["name"]).stat().st_size
     path.write_text(json.dumps(description), encoding="utf-8")
+
+
+def _swap_base(storage: Storage) -> str:
+    _swap(storage, "base.tar")
     return "checksum mismatch"
 
 
-@pytest.mark.parametrize("damage", [_damage_base, _damage_manifest, _swap_base])
+def _swap_all(storage: Storage) -> str:
+    """These fit together; only that they are not the ones that were stored can be noticed."""
+    _swap(storage, "base.tar", "backup_manifest")
+    return "backup_manifest is not the file that was stored"
+
+
+@pytest.mark.parametrize("damage", [_damage_base, _damage_manifest, _swap_base, _swap_all])
 def test_damaged_backup_is_noticed_and_the_old_directory_is_back_and_starts(
     broken: Storage, own_data: Path, server: Callable[[Path], Server], damage: Callable[[Storage], str]
 ) -> None:

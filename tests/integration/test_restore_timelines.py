@@ -20,7 +20,14 @@ from typing import Any
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import archive_info, backup_info
 from ansible_collections.pgdrill.pitr.plugins.module_utils.plan import RefusedError
-from ansible_collections.pgdrill.pitr.tests.integration.support import Commit, Restored, Sandbox, Storage, fingerprint
+from ansible_collections.pgdrill.pitr.tests.integration.support import (
+    Commit,
+    Restored,
+    Sandbox,
+    Storage,
+    fingerprint,
+    until,
+)
 
 Restore = Callable[..., Restored]
 
@@ -210,6 +217,7 @@ def test_recovery_that_ends_before_its_timeline_began_leaves_an_archive_that_can
         assert three.phase == "early"
         three.recovery.accept()
         sandbox.server = three.server
+        until((sandbox.archive / "00000003.history").exists, "the history file in the archive")
         text = (sandbox.archive / "00000003.history").read_text(encoding="utf-8")
         assert [line.split()[1] for line in text.splitlines() if line] == [str(late.end), str(early.end)]
         sandbox.commit("after early")

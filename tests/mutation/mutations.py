@@ -461,7 +461,7 @@ MUTATIONS = (
         "extract",
         "if sha256(manifest) != expected:",
         "if False:",
-        f"{FAULTS}::test_damaged_backup_is_noticed_and_the_old_directory_is_back_and_starts[_damage_manifest]",
+        f"{FAULTS}::test_damaged_backup_is_noticed_and_the_old_directory_is_back_and_starts[_swap_all]",
     ),
     _mutation(
         "pg_control is in its place from the beginning",
@@ -640,7 +640,7 @@ MUTATIONS = (
         "an archiver that is stuck is waited for",
         "backup",
         "if now - waiting_since > self._archive_timeout:",
-        "if now - waiting_since > 10 * self._archive_timeout:",
+        "if now - waiting_since > 15 * self._archive_timeout:",
         f"{BACKUP}::test_archiver_that_is_stuck_ends_the_backup_by_name",
     ),
     _mutation(

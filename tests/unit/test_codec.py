@@ -321,6 +321,18 @@ def test_command_is_found_behind_a_path_that_postgresql_was_given(monkeypatch: p
     assert which("certainly-no-such-command") is None
 
 
+def test_directory_and_current_directory_are_no_commands(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (commands / "zstd").mkdir()
+    assert which("zstd") is None
+    (commands / "zstd").rmdir()
+    (commands / "zstd").write_text("#!/bin/sh\n")
+    (commands / "zstd").chmod(0o755)
+    monkeypatch.chdir(commands)
+    monkeypatch.setattr(os, "access", lambda path, _mode: path == "zstd" or path.startswith(str(commands)))
+    monkeypatch.setenv("PATH", "")
+    assert which("zstd") is None
+
+
 def test_compressor_that_fails_is_told_in_its_own_words(commands: Path, tmp_path: Path) -> None:
     (commands / "zstd").write_text("#!/bin/sh\necho 'out of luck' >&2\nexit 1\n")
     (commands / "zstd").chmod(0o755)

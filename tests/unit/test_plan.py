@@ -49,7 +49,8 @@ def refused(*arguments: object, **options: object) -> RefusedError:
     error = caught.value
     assert error.message.startswith("The restore is refused; nothing was touched.")
     for refusal in error.refusals:
-        assert f"[{refusal.code}]" in error.message and refusal.message in error.message
+        assert f"[{refusal.code}] {refusal.message} {refusal.nearest}".rstrip() in error.message
+    assert not error.message.endswith(" ")
     assert error.detail == {"refusals": [refusal.to_dict() for refusal in error.refusals]}
     return error
 
@@ -204,18 +205,18 @@ def test_unknown_backup_is_refused_with_those_that_are_there() -> None:
 )
 def test_target_before_the_end_of_the_first_backup_is_refused_with_the_earliest_point(option: dict[str, str]) -> None:
     code, text = refusal([B2, B1], WHOLE, target(**option), last_commit=EPOCH + datetime.timedelta(hours=1))
-    assert code == "target_before_first_backup"
+    assert code == "target_before_first_backup" and "oldest usable backup (b1)" in text
     assert "2026-03-01 12:00:00.000000+00:00" in text and str(B1.stop_lsn) in text
 
 
 @pytest.mark.parametrize("choice", ["b2", "latest"])
 def test_target_before_the_end_of_the_named_backup_is_refused_although_another_fits(choice: str) -> None:
     code, text = refusal([B1, B2], WHOLE, target(target_lsn="0/300000"), choice=choice)
-    assert code == "target_before_backup" and str(B2.stop_lsn) in text
+    assert code == "target_before_backup" and "chosen backup (b2)" in text and str(B2.stop_lsn) in text
 
 
 @pytest.mark.parametrize(
-    ("option", "word"), [({"target_xid": "745"}, "transaction 745"), ({"target_name": "p"}, "'p'")]
+    ("option", "word"), [({"target_xid": "745"}, "transaction 745"), ({"target_name": "p"}, "restore point 'p'")]
 )
 def test_target_that_was_not_found_is_refused_with_what_can_be_restored(option: dict[str, str], word: str) -> None:
     code, text = refusal([B1, B2], WHOLE, target(**option))
@@ -284,6 +285,10 @@ def test_latest_follows_the_newest_timeline_across_the_switch() -> None:
     assert [(span.timeline, span.begin, span.end) for span in found.spans] == [
         (1, B1.start_lsn, SWITCH),
         (2, SWITCH, None),
+    ]
+    assert found.to_dict()["timeline_path"] == [
+        {"timeline": 1, "from": str(B1.start_lsn), "to": str(Lsn(SWITCH))},
+        {"timeline": 2, "from": str(Lsn(SWITCH)), "to": None},
     ]
 
 
@@ -387,6 +392,26 @@ def test_parents_copy_of_the_switch_segment_will_do_for_what_stops_before_the_sw
     found = plan([B1], PARENT_ONLY, **options)  # type: ignore[arg-type]
     assert found.timeline == 2
     assert found.last_segment.startswith("00000001")
+
+
+def test_backup_that_stops_in_the_parents_copy_can_be_made_consistent_from_it() -> None:
+    backup = make_backup("b", start=6 * MIB, stop=SWITCH - 1)
+    assert plan([backup], PARENT_ONLY, target(target="immediate")).last_segment == wal_name(1, 6)
+    assert refusal([backup], PARENT_ONLY, target())[0] == "timeline_not_archived"
+
+
+def test_grandparents_copy_does_not_stand_in_for_the_parents_segment() -> None:
+    """3 left 2 in segment 7. Without 2's segment 6, PostgreSQL would replay 1's to its end, and fail in segment 7."""
+    pasts = {**HISTORIES, 3: history((1, str(Lsn(SWITCH))), (2, str(Lsn(7 * MIB + QUARTER))))}
+    whole = archive({1: list(range(2, 10)), 2: [6], 3: [7, 8]}, pasts)
+    assert plan([B1], whole, target()).last_segment == wal_name(3, 8)
+    code, text = refusal([B1], archive({1: list(range(2, 10)), 3: [7, 8]}, pasts), target())
+    assert code == "archive_gap" and wal_name(2, 6) in text
+
+
+def test_last_commit_says_nothing_of_targets_that_are_no_time() -> None:
+    for asked in (target(target_lsn=str(Lsn(9 * MIB))), target(target="immediate"), target()):
+        assert plan([B1], WHOLE, asked, last_commit=EPOCH).backup == B1
 
 
 def test_switch_on_a_border_needs_the_new_timelines_own_segment() -> None:

@@ -34,7 +34,19 @@ sys.exit(code)
 
 def start(directory: Path, command: str) -> subprocess.Popen[str]:
     argv = [sys.executable, "-c", PROGRAM, command]
-    return subprocess.Popen(argv, cwd=directory, env={"PYTHONPATH": str(TOOLS)}, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        argv,
+        cwd=directory,
+        env={"PYTHONPATH": str(TOOLS)},
+        stdout=subprocess.PIPE,
+        text=True,
+        # A script in the background, and nohup, start everything with SIGINT ignored, and that is inherited.
+        preexec_fn=_heed_interrupts,
+    )
+
+
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def daemon_runs(directory: Path) -> bool:
