@@ -94,7 +94,18 @@ def contradiction(planned: Mapping[str, Any], reached: Reached) -> str:
         fits = reason == "reached consistency"
     else:
         fits = reason == "no recovery target specified"
+        begin = _last_segment(planned)
+        if fits and begin is not None and Lsn.parse(reached.lsn) <= begin:
+            # PostgreSQL takes a damaged record for the end of WAL, and promotes.
+            return f"the archive reaches beyond {begin}, but WAL could be read only up to {reached.lsn}"
     return "" if fits else f"asked for {kind} {value}".rstrip() + f", but PostgreSQL stopped: {reason}"
+
+
+def _last_segment(planned: Mapping[str, Any]) -> Lsn | None:
+    """Where the last planned segment begins; a recovery to the end of the archive ends behind that."""
+    if not planned.get("segments") or "end_lsn" not in planned:
+        return None
+    return Lsn(Lsn.parse(planned["end_lsn"]) - int(planned["wal_bytes"]) // int(planned["segments"]))
 
 
 def logged_reason(lines: list[str], kind: str) -> str:

@@ -99,6 +99,23 @@ def test_backup_is_unpacked_with_pg_control_held_back(tmp_path: Path, compressio
     assert (root / "pg_wal").is_dir() and (root / "base/1/1259").stat().st_mode & 0o777 == 0o600
 
 
+def test_modes_of_the_tar_are_kept_whatever_the_umask(tmp_path: Path) -> None:
+    folder, file = member("shared/"), member("shared/file", b"x")
+    folder[0].mode, file[0].mode = 0o750, 0o640
+    path = store(tmp_path / "base.tar", tar_of([folder, file]))
+    root = tmp_path / "pgdata"
+    root.mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    old = os.umask(0o027)
+    try:
+        extract_tar(path, str(root), lambda _count: None)
+    finally:
+        os.umask(old)
+    assert (root / "shared").stat().st_mode & 0o777 == 0o750
+    assert (root / "shared" / "file").stat().st_mode & 0o777 == 0o640
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 @pytest.mark.parametrize("compression", CODECS)
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.99])
 def test_truncated_backup_is_an_error_that_names_it(tmp_path: Path, compression: str, share: float) -> None:

@@ -126,6 +126,18 @@ def test_value_and_side_of_the_stop_are_compared(
     assert (contradiction(plan, parse_reason("0/5000000", reason)) == "") is fits
 
 
+@pytest.mark.parametrize(
+    ("lsn", "fits"),
+    [("0/4000000", True), ("0/3F00028", True), ("0/3F00001", True), ("0/3F00000", False), ("0/2C79B30", False)],
+)
+def test_end_of_the_archive_is_reached_only_in_its_last_segment(lsn: str, fits: bool) -> None:
+    """A damaged record ends the WAL for PostgreSQL: it promotes, and says what it says at the real end."""
+    plan = {**PLANNED["latest"], "end_lsn": "0/4000000", "wal_bytes": 5 * 2**20, "segments": 5}
+    said = contradiction(plan, parse_reason(lsn, LATEST))
+    assert (said == "") is fits
+    assert fits or said == f"the archive reaches beyond 0/3F00000, but WAL could be read only up to {lsn}"
+
+
 START = "2026-03-01 12:00:00 UTC [1] LOG:  starting PostgreSQL 18.6 on x86_64"
 LOG = "2026-03-01 12:00:01 UTC [2] LOG:  recovery stopping "
 

@@ -240,6 +240,8 @@ def test_figures_of_a_scenario_are_those_of_its_tasks() -> None:
     assert item["wal"]["segments"] == 8 and item["wal"]["last_segment"].endswith("9")
     assert (item["target"], item["backup"], item["timeline"]) == ("latest", "20260301T110000Z-full", 2)
     assert item["fingerprint"] == "f00d"
+    assert item["refusals"] == [] and item["differences"] == []
+    assert item["status"] == {"expected": good()["expected"], "found": {"sequence": 7, "phase": "end"}}
 
 
 def test_task_that_was_skipped_is_no_phase() -> None:
@@ -263,12 +265,42 @@ def test_what_was_not_measured_is_none_and_not_zero() -> None:
     assert item["rto_seconds"] is None
     assert item["rpo"] == {"transactions": None, "seconds": None}
     assert item["reached"] is None and item["backup"] is None and item["phases"] == []
+    for key in ("stop", "recovery"):
+        raw = good()
+        del raw[key]
+        assert scenario(raw)["rto_seconds"] is None
+
+
+def test_refused_restore_keeps_its_reasons_and_what_was_asked() -> None:
+    refusals = [{"code": "archive_gap", "message": "a hole", "nearest": ""}]
+    item = scenario({"name": "xid", "error": "a hole", "target": {"recovery_target_xid": "7"}, "refusals": refusals})
+    assert item["refusals"] == refusals and item["target"] == {"recovery_target_xid": "7"}
 
 
 def test_times_of_the_document_are_utc() -> None:
     document = evidence(drill("latest"), FINISHED)
     assert document["finished_at"] == "2026-03-01T12:00:00.123+00:00"
     assert document["phases"] == [{"name": "backup", "seconds": 4.5}]
+
+
+def test_document_says_what_was_drilled() -> None:
+    document = evidence({**drill("latest"), "old_pgdata": "/data.old", "advice": "Read."}, FINISHED)
+    assert document["load"] == {"scale": 10} and document["started_at"] == "2026-03-01T11:00:00+00:00"
+    assert (document["cluster"], document["system_identifier"], document["postgresql_version"]) == (
+        "main",
+        "73",
+        "18.6",
+    )
+    assert (document["old_pgdata"], document["advice"]) == ("/data.old", "Read.")
+    nothing = evidence({}, FINISHED)
+    assert (nothing["load"], nothing["old_pgdata"], nothing["advice"]) == ({}, "", "")
+
+
+def test_error_of_a_drill_without_a_task_is_the_drills() -> None:
+    assert evidence({"requested": ["xid"], "error": "broken"}, FINISHED)["failures"] == [
+        "the drill: broken",
+        "xid: did not run",
+    ]
 
 
 def test_input_is_not_changed() -> None:
@@ -299,6 +331,7 @@ def test_summary_of_a_pass_holds_the_figures() -> None:
     ):
         assert part in text
     assert text.rstrip().endswith("PASSED") and "FAILED" not in text
+    assert "old data directory" not in text and "None" not in text
 
 
 def test_summary_of_a_failure_names_reasons_differences_and_the_old_directory() -> None:
@@ -340,6 +373,8 @@ def test_summary_of_a_drill_that_broke_early_is_shown_too() -> None:
     raw["scenarios"] = [{"name": "latest", "error": "no backup", "failed_task": "Restore"}]
     text = shown(raw)
     assert "FAILED     latest: Restore: no backup" in text and "usable again after -" in text
+    for part in ("asked      -", "reached    -, LSN -, timeline -", "from       -, 0 segments of WAL (-)"):
+        assert part in text
     assert text.rstrip().endswith("FAILED")
 
 

@@ -7,17 +7,28 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import waldump
-from ansible_collections.pgdrill.pitr.plugins.module_utils.index import ArchiveIndex
+from ansible_collections.pgdrill.pitr.plugins.module_utils.archive import push
+from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
+from ansible_collections.pgdrill.pitr.plugins.module_utils.index import ArchiveIndex, scan
 from ansible_collections.pgdrill.pitr.plugins.module_utils.plan import Location
 from ansible_collections.pgdrill.pitr.plugins.module_utils.timeline import Span
-from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import Lsn
+from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import Lsn, WalFile
 from ansible_collections.pgdrill.pitr.plugins.module_utils.waldump import Record, WalScanner, _parse
-from ansible_collections.pgdrill.pitr.tests.unit.support import MIB
+from ansible_collections.pgdrill.pitr.tests.unit.support import (
+    CLUSTER,
+    MIB,
+    make_repository,
+    put,
+    segment,
+    wal_name,
+)
 
 # Timeline 2 left 1 in the middle of segment 4; 1 went on, in vain.
 SWITCH = Lsn(4 * MIB + MIB // 2)
@@ -167,6 +178,94 @@ def test_other_lines_are_no_records(line: str) -> None:
     assert _parse(line, 1) is None
 
 
+class Archive:
+    """A real archive of good segments, and a program in the place of pg_waldump."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = make_repository(root / "repository")
+        for number in range(2, 6):
+            path = put(root / "pg_wal", wal_name(1, number), segment(1, number))
+            push(path, self.folder.repository, CLUSTER, "gzip" if number % 2 else "none")
+        self.play("")
+
+    def play(self, script: str) -> None:
+        lines = f'printf "%s\\n" "$@" "$TZ$LC_ALL" > {self.root}/argv\nls "${{1#--path=}}" > {self.root}/files\n'
+        (self.root / "pg_waldump").write_text(f"#!/bin/sh\n{lines}{script}\n")
+        (self.root / "pg_waldump").chmod(0o755)
+
+    def records(self, first: int, last: int) -> Iterator[Record]:
+        scanner = WalScanner(self.folder, self.folder.chapter, scan(self.folder), str(self.root))
+        return scanner.records([Span(1, Lsn(first * MIB), None)], last, ("Transaction", "XLOG"))
+
+    def line(self, lsn: Lsn, xid: int = 745) -> str:
+        return (
+            f"echo 'rmgr: Transaction len (rec/tot):     34/    34, tx:        {xid}, lsn: {lsn}, prev 0/1,"
+            " desc: COMMIT 2026-03-01 12:00:00 UTC'\n"
+        )
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Archive:
+    return Archive(tmp_path)
+
+
+def test_program_gets_plain_segments_and_where_to_begin_and_end(archive: Archive) -> None:
+    archive.play(
+        f"cmp -s ${{1#--path=}}/{wal_name(1, 3)} {archive.root}/pg_wal/{wal_name(1, 3)} && {archive.line(at(3.5))}"
+    )
+    assert [record.xid for record in archive.records(2, 4)] == [745]
+    assert (archive.root / "files").read_text().split() == [wal_name(1, number) for number in (2, 3, 4)]
+    path, *rest = (archive.root / "argv").read_text().splitlines()
+    assert not os.path.exists(path.removeprefix("--path="))
+    assert rest == [
+        "--timeline=1",
+        f"--start={Lsn(2 * MIB)}",
+        f"--end={Lsn(5 * MIB)}",
+        "--rmgr=Transaction",
+        "--rmgr=XLOG",
+        "UTCC",
+    ]
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_wal_that_cannot_be_read_before_the_end_is_an_error_that_names_the_segment(
+    archive: Archive, number: int
+) -> None:
+    where = Lsn(number * MIB + 96)
+    archive.play(f"{archive.line(at(2.5))}echo 'pg_waldump: error: error in WAL record at {where}: bad' >&2; exit 1")
+    with pytest.raises(PitrError, match=f"cannot be read at {where}, in {wal_name(1, number)}"):
+        list(archive.records(2, 4))
+
+
+@pytest.mark.parametrize("said", ["", f"pg_waldump: error: error in WAL record at {Lsn(4 * MIB + 96)}: zeros"])
+def test_end_of_the_last_segment_is_no_error(archive: Archive, said: str) -> None:
+    archive.play(f"{archive.line(at(2.5))}echo '{said}' >&2; exit 1")
+    assert len(list(archive.records(2, 4))) == 1
+
+
+def test_search_that_ends_early_leaves_no_process_and_no_directory(archive: Archive) -> None:
+    archive.play(f"{archive.line(at(2.5))}echo $$ > {archive.root}/pid; exec sleep 60")
+    records = archive.records(2, 4)
+    assert next(records).xid == 745
+    path = (archive.root / "argv").read_text().splitlines()[0].removeprefix("--path=")
+    assert os.path.exists(path)
+    while not (archive.root / "pid").exists() or not (archive.root / "pid").read_text():
+        pass
+    records.close()  # type: ignore[attr-defined]
+    assert not os.path.exists(f"/proc/{(archive.root / 'pid').read_text().strip()}")
+    assert not os.path.exists(path)
+
+
+def test_damaged_segment_is_named_before_the_program_runs(archive: Archive) -> None:
+    stored = Path(archive.folder.wal_path(WalFile.parse(wal_name(1, 3))))
+    stored.write_bytes(stored.read_bytes()[:1000])
+    with pytest.raises(PitrError, match="is damaged") as caught:
+        list(archive.records(2, 4))
+    assert str(stored) in caught.value.message and not (archive.root / "argv").exists()
+
+
 def test_record_without_an_end_has_no_time() -> None:
     record = Record("Transaction", 5, Lsn(1), 1, "ASSIGNMENT xtop 5: subxacts: 6")
     assert record.time is None and not record.is_commit
+    assert not Record("XLOG", 0, Lsn(1), 1, "COMMIT of something else").is_commit
