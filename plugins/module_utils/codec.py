@@ -5,8 +5,9 @@
 """Compression of everything that is stored: WAL segments, backups, dumps.
 
 What a file is compressed with is told by its first bytes, never by its name, so that a change of compression leaves
-older files readable. zstd and lz4 are the well-known commands; gzip is Python's zlib. All three formats carry a
-checksum of the content, which is checked before the last byte is handed out.
+older files readable. zstd and lz4 are the well-known commands; gzip is Python's zlib. What is written here carries a
+checksum of its content, which is checked before the last byte is handed out. (zstd that a server has compressed, in a
+base backup, carries none; there the manifest has one for every file.)
 
 On the path of ``pitr-wal``: processes are started with posix_spawn, because importing ``subprocess`` costs more than
 starting one.

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import fcntl
 import hashlib
 import io
@@ -33,6 +34,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import (
 )
 from ansible_collections.pgdrill.pitr.plugins.module_utils.catalog import StoredFile, Tablespace
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
+from ansible_collections.pgdrill.pitr.plugins.module_utils.index import scan
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import (
     BACKUP_FILE,
@@ -56,7 +58,7 @@ FILES = {"backup_label": b"label", "tablespace_map": MAP, "PG_VERSION": b"18\n",
 TABLESPACE = {"PG_18_202506291/5/16387": b"y" * 500}
 
 
-def manifest(files: dict[str, bytes], start: str = "0/200028", stop: str = "0/300100") -> bytes:
+def manifest(files: dict[str, bytes], start: str = "0/200028", stop: str = "0/300100", timeline: int = 1) -> bytes:
     """As basebackup writes it: one file a line."""
     lines = [f'{{ "Path": {json.dumps(name)}, "Size": {len(data)}, "Checksum": "00" }}' for name, data in files.items()]
     lines.insert(
@@ -64,7 +66,7 @@ def manifest(files: dict[str, bytes], start: str = "0/200028", stop: str = "0/30
     )
     return (
         '{ "PostgreSQL-Backup-Manifest-Version": 2,\n"Files": [\n' + ",\n".join(lines) + '\n],\n"WAL-Ranges": [\n'
-        f'{{ "Timeline": 1, "Start-LSN": "{start}", "End-LSN": "{stop}" }}\n],\n"Manifest-Checksum": "00"}}\n'
+        f'{{ "Timeline": {timeline}, "Start-LSN": "{start}", "End-LSN": "{stop}" }}\n],\n"Manifest-Checksum": "00"}}\n'
     ).encode()
 
 
@@ -72,8 +74,9 @@ def tar_of(files: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, data in files.items():
-            info = tarfile.TarInfo(name)
+            info = tarfile.TarInfo(name.rstrip("/"))
             info.size = len(data)
+            info.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
             tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
 
@@ -87,7 +90,7 @@ class Site:
         self.bin = root / "bin"
         self.bin.mkdir()
         self.prepared = root / "prepared"
-        put(self.prepared, "base.tar", tar_of(FILES))
+        put(self.prepared, "base.tar", tar_of({**FILES, "pg_wal/": b""}))
         put(self.prepared, "16385.tar", tar_of(TABLESPACE))
         put(self.prepared, MANIFEST, manifest(FILES))
         self.program("postgres", "echo 'postgres (PostgreSQL) 17.5'")
@@ -104,7 +107,13 @@ class Site:
         }
         self.phase = "streaming database files"
         monkeypatch.setattr(module, "query", self.query)
-        monkeypatch.setattr(Login, "connect", lambda _self: self)
+        self.history: object = b"1\t0/100000\tno recovery target specified\n"
+        self.replication = 0
+        monkeypatch.setattr(Login, "connect", self.connect)
+
+    def connect(self, replication: bool = False) -> Site:
+        self.replication += replication
+        return self
 
     def close(self) -> None:
         pass
@@ -115,9 +124,11 @@ class Site:
         if sql.startswith("SELECT clock_timestamp(), pg_snapshot_xmax"):
             return [(EPOCH + datetime.timedelta(seconds=9), 750)]
         if sql.startswith("SELECT p.phase"):
-            return [(self.phase,)]
+            return [(self.phase,)] if self.phase else []
         if sql.startswith("SELECT last_failed_wal"):
             return [("000000010000000000000003", EPOCH, 7)]
+        if sql == "TIMELINE_HISTORY 2" and self.replication:
+            return [("00000002.history", self.history)]
         raise AssertionError(sql)
 
     def program(self, name: str, script: str) -> None:
@@ -128,9 +139,16 @@ class Site:
         calls = shlex.quote(str(self.bin.parent / "calls"))
         return f'printf "%s\\n" "$*" >> {calls}\ncp {shlex.quote(str(self.prepared))}/* "$2/"\n{then}'
 
-    def archive(self, *numbers: int) -> None:
+    def archive(self, *numbers: int, timeline: int = 1) -> None:
         for number in numbers:
-            put(Path(self.folder.archive_path()) / wal_name(1, number)[:16], wal_name(1, number), b"")
+            name = wal_name(timeline, number)
+            put(Path(self.folder.archive_path()) / name[:16], name, b"")
+
+    def promoted(self) -> Path:
+        """The server is on timeline 2; returns where the archive keeps the history."""
+        put(self.prepared, MANIFEST, manifest(FILES, timeline=2))
+        self.archive(2, 3, timeline=2)
+        return Path(self.folder.archive_path()) / "00000002.history"
 
     def work(self, **options: Any) -> BaseBackup:
         return BaseBackup(self.folder, Login("db", 5433, "backup"), str(self.bin), **{"compression": "none", **options})
@@ -171,6 +189,9 @@ def test_programs_argument_vector_follows_the_options(site: Site, tmp_path: Path
     (call,) = (tmp_path / "calls").read_text().splitlines()
     assert call.split()[2:] == "-F tar -X none --no-password -c spread -l mine -Z none -r 10M".split()
     assert os.path.basename(call.split()[1]) == ".mine.partial"
+    site.work(label="other").take()
+    call = (tmp_path / "calls").read_text().splitlines()[1]
+    assert call.split()[2:] == "-F tar -X none --no-password -c fast -l other -Z none".split()
 
 
 @pytest.mark.parametrize(
@@ -243,6 +264,66 @@ def test_label_that_is_taken_is_refused_and_the_backup_stays(site: Site) -> None
 def test_second_backup_of_the_same_second_gets_another_label(site: Site) -> None:
     labels = {site.work().take().label for _again in range(3)}
     assert len(labels) == 3 and len(stored_backups(site.folder)) == 3
+    assert set(os.listdir(site.backups)) == labels
+
+
+def test_history_of_the_backups_timeline_is_brought_into_the_archive(site: Site) -> None:
+    """A server that was promoted before it archived here has it, and nothing could be restored without it."""
+    stored = site.promoted()
+    assert site.work().take().timeline == 2
+    assert stored.read_bytes() == site.history and site.replication == 1
+    assert [path.name for path in stored.parent.iterdir() if path.is_file()] == ["00000002.history"]
+    before = tree(stored.parent)
+    site.work().take()
+    assert tree(stored.parent) == before and site.replication == 1
+
+
+def test_history_that_is_text_for_the_driver_is_stored_as_it_is(site: Site) -> None:
+    stored = site.promoted()
+    site.history = '1\t0/100000\tat restore point "é"\n'
+    site.work().take()
+    assert stored.read_text() == site.history
+
+
+def test_damaged_history_makes_no_backup(site: Site) -> None:
+    stored = site.promoted()
+    site.history = b"rubbish"
+    with pytest.raises(PitrError, match=r"00000002\.history, line 1"):
+        site.work().take()
+    site.nothing_is_left()
+    assert not stored.exists()
+
+
+def test_history_that_the_archiver_brings_meanwhile_is_not_replaced(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = site.promoted()
+    real = os.link
+
+    def link(source: str, target: str) -> None:
+        stored.write_bytes(b"by the archiver")
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    site.work().take()
+    assert stored.read_bytes() == b"by the archiver"
+    assert [path.name for path in stored.parent.iterdir() if path.is_file()] == ["00000002.history"]
+
+
+def test_backup_is_on_stable_storage_before_it_is_reported(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    steps: list[str] = []
+    real = os.rename
+
+    def rename(source: str, target: str) -> None:
+        steps.append(f"rename to {os.path.basename(target)}")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(module, "fsync_directory", lambda path: steps.append(f"sync {os.path.basename(path)}"))
+    site.work(label="mine").take()
+    assert steps == [f"rename to {BACKUP_FILE}", "rename to mine", "sync backups"]
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # --- What goes wrong in between: nothing is visible, nothing is left
@@ -324,6 +405,17 @@ def test_interruption_leaves_nothing(site: Site, monkeypatch: pytest.MonkeyPatch
     site.nothing_is_left()
 
 
+@pytest.mark.parametrize(
+    ("phase", "archive_timeout"),
+    [("streaming database files", 0.01), ("", 0.01), ("waiting for wal archiving to finish", 30)],
+)
+def test_copy_may_take_its_time_and_so_may_the_archiver(site: Site, phase: str, archive_timeout: float) -> None:
+    site.program("pg_basebackup", site.copying("sleep 0.2"))
+    site.phase = phase
+    assert site.work(archive_timeout=archive_timeout).take() in stored_backups(site.folder)
+
+
+@pytest.mark.timeout(20)
 def test_archiver_that_is_stuck_is_told_and_the_program_ended(site: Site, tmp_path: Path) -> None:
     site.program("pg_basebackup", site.copying(f"echo $$ > {shlex.quote(str(tmp_path / 'pid'))}; exec sleep 60"))
     site.phase = "waiting for wal archiving to finish"
@@ -373,6 +465,58 @@ def test_tablespace_whose_path_is_not_utf8_is_kept_as_it_is(site: Site) -> None:
 
 def test_verification_can_be_left_out_and_is_not_claimed_then(site: Site) -> None:
     assert site.work(verify=False).take().verified == "no"
+
+
+def test_wal_that_comes_late_is_waited_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive_elsewhere(site)
+    looks = 0
+
+    def look(folder: ClusterFolder) -> object:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            site.archive(3)
+        return scan(folder)
+
+    monkeypatch.setattr(module, "scan", look)
+    assert site.work().take() in stored_backups(site.folder)
+    assert looks == 3
+
+
+def test_filesystem_without_locks_trusts_only_a_directory_of_its_own(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(_descriptor: int, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    before = len(os.listdir("/proc/self/fd"))
+    assert site.work(label="mine").take().label == "mine"
+    put(site.backups / ".other.partial", "base.tar", b"perhaps of another process")
+    with pytest.raises(PitrError, match="'other' is being taken"):
+        site.work(label="other").take()
+    assert (site.backups / ".other.partial" / "base.tar").exists()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_directory_that_its_owner_renames_while_it_is_locked_is_not_ours(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fcntl.flock
+    moved: list[Path] = []
+
+    def flock(descriptor: int, operation: int) -> None:
+        if not moved:
+            (partial,) = site.backups.iterdir()
+            moved.append(partial.rename(site.backups / "finished"))
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    before = len(os.listdir("/proc/self/fd"))
+    taken = site.work().take()
+    assert taken.label.startswith("20260301T120000Z-full-")
+    assert sorted(os.listdir(site.backups)) == sorted(["finished", taken.label])
+    assert list(moved[0].iterdir()) == [] and len(os.listdir("/proc/self/fd")) == before
 
 
 def test_label_that_another_process_is_writing_is_refused_and_left_alone(site: Site) -> None:

@@ -161,7 +161,9 @@ def crash_the_interpreter(host: Host) -> None:
 def kill_python(number: signal.Signals) -> Callable[[Host], None]:
     def break_it(host: Host) -> None:
         path = host.directory / "lib" / PACKAGE / "archive.py"
-        dying = f"import os\nos.write(2, b'dying')\nos.kill(os.getpid(), {int(number)})\n"
+        # Under nohup, and in the background of a script, some signals are ignored, and that is inherited.
+        heed = "" if number == signal.SIGKILL else f"import signal\nsignal.signal({int(number)}, signal.SIG_DFL)\n"
+        dying = f"import os\n{heed}os.write(2, b'dying')\nos.kill(os.getpid(), {int(number)})\n"
         path.write_text(path.read_text().replace("from . import codec\n", f"from . import codec\n{dying}", 1))
 
     return break_it

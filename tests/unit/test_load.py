@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import time
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +137,20 @@ def test_target_lies_between_the_two_writings_of_the_row(server: Server, bin_dir
     ]
 
 
+def test_clock_of_a_time_target_ticks_on_both_sides(
+    server: Server, bin_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit's time has microseconds; the target must not be at, but between, the two."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: server.history.append((f"sleep {seconds}", ())))
+    marks(bin_dir, "time")
+    order = [statement.partition(" ")[0] for statement in server.statements()]
+    assert order == ["UPDATE", "UPDATE", "sleep", "SELECT", "sleep", "UPDATE", "UPDATE"]
+
+
 def test_scenarios_that_were_not_asked_for_leave_no_mark(server: Server, bin_dir: Path) -> None:
     assert list(marks(bin_dir, "latest")) == ["latest"]
     assert server.phases() == ["load", "end"]
+    assert list(marks(bin_dir, "xid")) == ["xid"]
 
 
 def test_pgbench_gets_the_figures(server: Server, bin_dir: Path) -> None:
@@ -165,6 +177,7 @@ def test_pgbench_that_cannot_initialise_is_an_error(server: Server, bin_dir: Pat
         marks(bin_dir, "latest")
 
 
+@pytest.mark.timeout(20)
 def test_pgbench_does_not_outlive_a_mark_that_fails(
     server: Server, bin_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +202,7 @@ def test_new_database_is_made_with_the_comment_and_the_base_row(server: Server) 
     statements = [sql for sql, _parameters in server.history]
     assert 'CREATE DATABASE "dr""ill"' in statements
     assert ('COMMENT ON DATABASE "dr""ill" IS %s', (COMMENT,)) in server.history
+    assert statements[-2].startswith(f"CREATE TABLE {STATUS} (id int PRIMARY KEY, sequence bigint")
     assert statements[-1] == f"INSERT INTO {STATUS} VALUES (1, 0, 'base')"
     assert not any(sql.startswith("DROP") for sql in statements)
 
@@ -248,6 +262,12 @@ def test_corruption_is_found_even_without_a_description(
 def test_amcheck_that_could_not_do_its_work_is_an_error(server: Server, bin_dir: Path, code: int) -> None:
     program(bin_dir, "pg_amcheck", f"echo 'could not connect' >&2; exit {code}")
     with pytest.raises(PitrError, match=f"pg_amcheck failed with exit code {code}: could not connect"):
+        check(Login(), str(bin_dir), "drill", True, 1)
+
+
+def test_amcheck_that_fails_with_words_on_standard_output_only_is_quoted(server: Server, bin_dir: Path) -> None:
+    program(bin_dir, "pg_amcheck", "echo 'no such extension'; exit 1")
+    with pytest.raises(PitrError, match="exit code 1: no such extension"):
         check(Login(), str(bin_dir), "drill", True, 1)
 
 

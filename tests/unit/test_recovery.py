@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +113,7 @@ def test_only_the_reason_of_the_kind_that_was_asked_fits(asked: str, stopped: st
         ("time", "2026-03-01 14:30:00+01:00", False, "before 2026-03-01 13:30:00+00", True),
         ("time", "2026-03-01 14:30:00+01:00", True, "before 2026-03-01 13:29:59.999999+00", False),
         ("time", "2026-03-01 14:30:00+01:00", True, "before 2026-03-01 14:00:00+01", False),
+        ("time", "2026-03-01 14:30:00+01:00", False, "before 2026-03-01 13:29:59.999999+00", False),
         ("name", "a", True, 'at restore point "a"', True),
         ("name", "a", True, 'at restore point "ab"', False),
         ("name", "a", True, 'at restore point "A"', False),
@@ -186,6 +189,9 @@ def test_progress_is_one_line(progress: Progress, text: str) -> None:
     assert str(progress) == text
 
 
+real_replayed_segment = recovery.replayed_segment
+
+
 class Server:
     """Plays the server: answers by the beginning of the statement, with files where PostgreSQL has them."""
 
@@ -250,7 +256,7 @@ def test_promotion_at_the_target_is_reached(server: Server) -> None:
     server.promote(2, f"1\t0/4000100\t{XID}\n")
     reached, progress = recovery_of(server).wait(5)
     assert reached == Reached("0/4000100", XID, xid="745", last_transaction_time="2026-03-01T12:00:00+00:00")
-    assert progress.state == "promoted"
+    assert progress == Progress("promoted", "0/5000000")
 
 
 @pytest.mark.parametrize("asked", [kind for kind in PLANNED if kind != "latest"])
@@ -356,6 +362,67 @@ def test_progress_of_a_server_that_does_not_answer_comes_from_its_process_title(
     monkeypatch.setattr(recovery, "replayed_segment", lambda _pid: "000000010000000000000028")
     progress = recovery_of(server).progress()
     assert (progress.state, progress.lsn, progress.percent) == ("replaying", "0/2800000", 25.0)
+
+
+def replaying(server: Server, lsn: str | None, state: str = "not paused", **plan: object) -> Progress:
+    if plan:
+        server.plan(**plan)
+    server.answers["SELECT pg_is_in_recovery(), CASE"] = [(True, lsn, state)]
+    return recovery_of(server).progress()
+
+
+def test_answer_of_the_server_counts_more_than_its_process_title(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "replayed_segment", lambda _pid: "000000010000000000000028")
+    assert replaying(server, "0/3000000").lsn == "0/3000000"
+
+
+def test_recovery_without_a_plan_has_no_percent(server: Server) -> None:
+    assert replaying(server, "0/3000000") == Progress("replaying", "0/3000000")
+    assert replaying(server, None) == Progress("replaying")
+
+
+def test_recovery_with_nothing_to_replay_has_no_percent(server: Server) -> None:
+    assert replaying(server, "0/2000000", end_lsn="0/2000000") == Progress("replaying", "0/2000000", "0/2000000")
+    assert replaying(server, None, end_lsn="0/4000000") == Progress("replaying")
+
+
+@pytest.mark.parametrize(
+    ("lsn", "state", "ago"),
+    [("0/3000000", "paused", 60), ("0/2000001", "not paused", 60), ("0/3000000", "not paused", -60)],
+)
+def test_rest_is_not_estimated_without_a_basis(server: Server, lsn: str, state: str, ago: float) -> None:
+    progress = replaying(server, lsn, state, started_at=time.time() - ago)
+    assert progress.percent is not None and progress.remaining_seconds is None
+
+
+def test_rest_is_not_estimated_when_the_start_is_not_known(server: Server) -> None:
+    progress = replaying(server, "0/3000000", started_at=0)
+    assert progress.percent == 50.0 and (progress.remaining_seconds or 0) < 1
+
+
+def test_configuration_outside_of_the_data_directory_holds_the_plan(server: Server, tmp_path: Path) -> None:
+    config = tmp_path / "etc"
+    config.mkdir()
+    (config / "postgresql.conf").write_text("")
+    recovery_conf.write(str(config), str(server.pgdata), {"restore_command": "x"}, {"target": "here"})
+    assert Recovery(Login(), str(server.pgdata), "/bin", str(config)).planned() == {"target": "here"}
+    assert Recovery(Login(), str(server.pgdata), "/bin").planned() == {}
+
+
+@pytest.mark.timeout(30)
+def test_segment_that_is_replayed_is_read_from_the_process_title() -> None:
+    title = "postgres: startup   recovering 0000000100000000000000A3"
+    with subprocess.Popen([title, "60"], executable="/bin/sleep") as process:
+        try:
+            while real_replayed_segment(os.getpid()) == "":
+                time.sleep(0.01)
+            assert real_replayed_segment(os.getpid()) == "0000000100000000000000A3"
+            assert real_replayed_segment(process.pid) == ""
+        finally:
+            process.kill()
+    assert real_replayed_segment(os.getpid()) == ""
 
 
 def test_progress_of_a_running_restore_is_its_share_of_bytes(server: Server) -> None:

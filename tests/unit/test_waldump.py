@@ -244,6 +244,7 @@ def test_end_of_the_last_segment_is_no_error(archive: Archive, said: str) -> Non
     assert len(list(archive.records(2, 4))) == 1
 
 
+@pytest.mark.timeout(20)
 def test_search_that_ends_early_leaves_no_process_and_no_directory(archive: Archive) -> None:
     archive.play(f"{archive.line(at(2.5))}echo $$ > {archive.root}/pid; exec sleep 60")
     records = archive.records(2, 4)

@@ -40,13 +40,14 @@ def start(directory: Path, command: str) -> subprocess.Popen[str]:
         env={"PYTHONPATH": str(TOOLS)},
         stdout=subprocess.PIPE,
         text=True,
-        # A script in the background, and nohup, start everything with SIGINT ignored, and that is inherited.
+        # A script in the background, and nohup, start everything with signals ignored, and that is inherited.
         preexec_fn=_heed_interrupts,
     )
 
 
 def _heed_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def daemon_runs(directory: Path) -> bool:
