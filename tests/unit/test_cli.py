@@ -354,6 +354,33 @@ def test_error_of_the_system_names_the_file(tmp_path: Path, capsys: pytest.Captu
     assert f"{tmp_path}/gone/x.pitr: No such file or directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"repository": ""}', "5", "null"])
+def test_settings_without_a_repository_are_named(tmp_path: Path, content: str) -> None:
+    path = put(tmp_path, f"{CLUSTER}.json", content)
+    with pytest.raises(PitrError, match=f"{path} names no repository"):
+        cli.configuration(str(tmp_path), CLUSTER)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["push", CLUSTER],
+        ["push", "--system-identifier=1", CLUSTER, "x"],
+        ["push", CLUSTER, "x", "y"],
+        ["other", CLUSTER, wal_name(1, 3), "target"],
+        ["get", CLUSTER, wal_name(1, 3)],
+    ],
+)
+def test_call_that_is_none_does_nothing_but_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    repository = make_repository(tmp_path / "r").repository
+    put(tmp_path, f"{CLUSTER}.json", json.dumps({"repository": repository}))
+    assert cli.main([str(tmp_path), *arguments]) == cli.FAILED
+    assert capsys.readouterr().err == f"{cli.USAGE}\n"
+
+
 def test_settings_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(PitrError, match=f"{tmp_path}/other.json cannot be read"):
         cli.configuration(str(tmp_path), "other")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,21 @@ def test_check_mode_names_what_would_be_written_and_writes_nothing(tmp_path: Pat
     announced = install(str(directory), CLUSTER, SETTINGS, interpreters()[0], check=True)
     assert not directory.exists()
     assert install(str(directory), CLUSTER, SETTINGS, interpreters()[0]) == announced
+
+
+def test_check_mode_compiles_nothing(tmp_path: Path) -> None:
+    install(str(tmp_path), CLUSTER, SETTINGS, interpreters()[0])
+    shutil.rmtree(tmp_path / "lib" / PACKAGE / "__pycache__")
+    (tmp_path / "lib" / PACKAGE / "wal.py").write_text("# damaged\n")
+    assert install(str(tmp_path), CLUSTER, SETTINGS, interpreters()[0], check=True) == [
+        str(tmp_path / "lib" / PACKAGE / "wal.py")
+    ]
+    assert not (tmp_path / "lib" / PACKAGE / "__pycache__").exists()
+
+
+def test_running_interpreter_is_the_one_that_is_installed_by_default(tmp_path: Path) -> None:
+    install(str(tmp_path), CLUSTER, SETTINGS)
+    assert f"{module.interpreter()} -I -S" in (tmp_path / COMMAND).read_text()
 
 
 def test_only_what_differs_is_written_again(tmp_path: Path) -> None:

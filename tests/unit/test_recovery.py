@@ -297,6 +297,9 @@ def test_server_that_died_is_an_error_with_its_last_words(server: Server) -> Non
     with pytest.raises(PitrError, match="recovery ended before configured recovery target") as caught:
         recovery_of(server, log).wait(5)
     assert "is not running" in caught.value.message and "has not been promoted" in caught.value.message
+    with pytest.raises(PitrError, match="Look into the server's log") as caught:
+        recovery_of(server).wait(5)
+    assert "Last lines" not in caught.value.message
 
 
 def test_shutdown_at_the_target_is_reached_only_when_it_was_asked_for(server: Server) -> None:
@@ -310,6 +313,10 @@ def test_shutdown_at_the_target_is_reached_only_when_it_was_asked_for(server: Se
     for other in (START, f"{START}\n{LOG}after commit of transaction 746, time 2026-03-01 12:00:00+00\n", ""):
         with pytest.raises(PitrError):
             recovery_of(server, other).wait(5)
+    server.control["Database cluster state"] = "in archive recovery"
+    with pytest.raises(PitrError, match="is not running"):
+        recovery_of(server, log).wait(5)
+    server.control["Database cluster state"] = "shut down in recovery"
     server.plan(target_action="promote", **PLANNED["xid"])
     with pytest.raises(PitrError, match="is not running"):
         recovery_of(server, log).wait(5)
@@ -322,10 +329,19 @@ def test_pause_is_reached_only_when_the_log_proves_the_target(server: Server) ->
     reached, progress = recovery_of(server, proof).wait(5)
     assert reached is not None and reached.reason == "before LSN 0/3000060" and progress.state == "paused"
     for log in ("", START, proof + START):
-        with pytest.raises(PitrError, match="it is not proven that its target was reached"):
+        with pytest.raises(PitrError, match="it is not proven that its target was reached") as caught:
             recovery_of(server, log).wait(5)
+        assert (f"nothing in {server.pgdata}/log tells" in caught.value.message) == bool(log)
+        assert ("no log was given" in caught.value.message) != bool(log)
     with pytest.raises(PitrError, match="did not do what was planned"):
         recovery_of(server, proof.replace("0/3000060", "0/3000000")).wait(5)
+
+
+def test_pause_of_a_recovery_that_should_promote_is_not_its_end(server: Server) -> None:
+    server.plan(target_action="promote", **PLANNED["lsn"])
+    server.pause("0/3000060")
+    with pytest.raises(PitrError, match="it is not proven"):
+        recovery_of(server, f'{START}\n{LOG}before WAL location (LSN) "0/3000060"\n').wait(5)
 
 
 def test_pause_for_raised_settings_of_the_primary_is_named(server: Server) -> None:
@@ -333,6 +349,35 @@ def test_pause_for_raised_settings_of_the_primary_is_named(server: Server) -> No
     server.pause("0/3000000", floors=99)
     with pytest.raises(PitrError, match="max_connections must be at least 100, it is 99"):
         recovery_of(server, START).wait(5)
+
+
+def test_waiting_goes_on_until_the_target_is_reached(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.plan(**PLANNED["xid"])
+    looks = iter([Progress("starting"), Progress("replaying", "0/3000000"), Progress("promoted", "0/5000000")])
+    monkeypatch.setattr(Recovery, "progress", lambda _self: next(looks))
+    server.promote(2, f"1\t0/4000100\t{XID}\n")
+    reached, progress = recovery_of(server).wait(30)
+    assert reached is not None and reached.xid == "745" and progress.state == "promoted"
+
+
+def test_server_that_was_promoted_without_a_plan_tells_where_it_stopped(server: Server) -> None:
+    server.promote(2, f"1\t0/4000100\t{XID}\n")
+    reached, _progress = recovery_of(server).wait(5)
+    assert reached is not None and reached.reason == XID
+
+
+def test_server_that_paused_without_a_plan_tells_what_its_log_says(server: Server) -> None:
+    server.pause("0/3000060")
+    reached, _progress = recovery_of(server, f"{START}\n{LOG}after reaching consistency\n").wait(5)
+    assert reached is not None and reached.reason == IMMEDIATE
+
+
+@pytest.mark.parametrize(("row", "timeline"), [((None, 3), 3), (("000000020000000000000005", 1), 2)])
+def test_timeline_is_that_of_the_file_being_written_else_of_the_last_checkpoint(
+    server: Server, row: tuple[Any, ...], timeline: int
+) -> None:
+    server.answers["SELECT CASE WHEN pg_is_in_recovery() THEN NULL"] = [row]
+    assert recovery_of(server).timeline() == timeline
 
 
 def test_waiting_ends_after_the_timeout_with_the_progress(server: Server) -> None:
