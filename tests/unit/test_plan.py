@@ -682,9 +682,11 @@ def test_plan_agrees_with_what_postgresql_would_do(question: tuple[World, Recove
         if asked.kind == "xid" and location is None:
             assert code in ("target_not_in_archive", "no_backup_on_timeline", "backup_damaged")
             return
-        # An older backup needs the same WAL to come to the same target. Only where any end will do could it end before
-        # what the newest lacks, and then it is right to say so instead of restoring less.
-        for backup in fitting[:1] if asked.kind in ("latest", "immediate") else fitting:
+        # A backup that began earlier needs the same WAL to come to the same target; one that began later and ended
+        # earlier was taken meanwhile, and can be named. Where any end will do, an older one could end before what the
+        # newest lacks, and then it is right to say so instead of restoring less.
+        older = [backup for backup in fitting if backup.start_lsn <= fitting[0].start_lsn]
+        for backup in older[:1] if asked.kind in ("latest", "immediate") else older:
             try:
                 outcome = recover(world, backup, timeline, asked, location)
             except Fatal:
