@@ -231,6 +231,7 @@ def test_target_that_was_not_found_is_refused_with_what_can_be_restored(option: 
         ([2, 3, 6], [4, 5]),
         ([3, 4], [2]),
         ([], [2]),
+        ([2, 8], [3, 4, 5, 6, 7]),
         ([2, 20], [3, 4, 5, 6, 7]),
     ],
 )
@@ -245,6 +246,8 @@ def test_gap_in_the_way_is_refused_with_the_names_that_are_missing(numbers: list
 def test_gap_is_refused_with_the_point_up_to_which_all_is_well() -> None:
     assert f"WAL is whole up to LSN {Lsn(4 * MIB)}." in refusal([B1], archive({1: [2, 3, 5]}), target())[1]
     assert "cannot be made consistent" in refusal([B1], archive({1: [3]}), target())[1]
+    border = make_backup("b", start=2 * MIB + 40, stop=3 * MIB)
+    assert f"WAL is whole up to LSN {Lsn(3 * MIB)}." in refusal([border], archive({1: [2, 4]}), target())[1]
 
 
 @pytest.mark.parametrize("lsn", [10 * MIB, 10 * MIB + 1, 50 * MIB])
@@ -252,6 +255,8 @@ def test_lsn_behind_the_end_of_the_archive_is_refused_with_the_end(lsn: int) -> 
     code, text = refusal([B1], WHOLE, target(target_lsn=str(Lsn(lsn))))
     assert code == "target_beyond_archive" and f"to LSN {Lsn(10 * MIB)}" in text
     plan([B1], WHOLE, target(target_lsn=str(Lsn(10 * MIB - 1))))
+    text = refusal([B1], WHOLE, target(target_lsn=str(Lsn(lsn))), last_commit=EPOCH)[1]
+    assert "last transaction 2026-03-01 12:00:00.000000+00:00" in text
 
 
 @pytest.mark.parametrize(
@@ -405,6 +410,11 @@ def test_grandparents_copy_does_not_stand_in_for_the_parents_segment() -> None:
     pasts = {**HISTORIES, 3: history((1, str(Lsn(SWITCH))), (2, str(Lsn(7 * MIB + QUARTER))))}
     whole = archive({1: list(range(2, 10)), 2: [6], 3: [7, 8]}, pasts)
     assert plan([B1], whole, target()).last_segment == wal_name(3, 8)
+    young = archive({1: list(range(2, 10)), 2: [6, 7]}, pasts)
+    assert plan([B1], young, target(target_lsn=str(Lsn(4 * MIB)))).last_segment == wal_name(1, 4)
+    assert plan([B1], young, target(target_lsn=str(Lsn(7 * MIB)), target_inclusive=False)).last_segment == wal_name(
+        2, 7
+    )
     code, text = refusal([B1], archive({1: list(range(2, 10)), 3: [7, 8]}, pasts), target())
     assert code == "archive_gap" and wal_name(2, 6) in text
 
@@ -412,6 +422,7 @@ def test_grandparents_copy_does_not_stand_in_for_the_parents_segment() -> None:
 def test_last_commit_says_nothing_of_targets_that_are_no_time() -> None:
     for asked in (target(target_lsn=str(Lsn(9 * MIB))), target(target="immediate"), target()):
         assert plan([B1], WHOLE, asked, last_commit=EPOCH).backup == B1
+    assert refusal([B1], archive({1: [2, 3, 5]}), target(), last_commit=EPOCH)[0] == "archive_gap"
 
 
 def test_switch_on_a_border_needs_the_new_timelines_own_segment() -> None:
