@@ -16,8 +16,9 @@ import os
 
 from . import codec
 from .errors import PitrError
-from .repository import Chapter, ClusterFolder, archived_logs, fsync_directory, make_directory, temporary_name
+from .repository import Chapter, ClusterFolder, archived_logs
 from .timeline import ancestry, parse_history
+from .tree import Tree
 from .wal import SegmentHeader, WalFile, history_name
 
 
@@ -66,14 +67,15 @@ def _history_text(wal_file: WalFile, folder: ClusterFolder, chapter: Chapter, pg
     name = history_name(wal_file.timeline)
     with contextlib.suppress(OSError), open(os.path.join(pg_wal, name), "rb") as stream:
         return stream.read().decode(errors="replace")
-    with contextlib.suppress(OSError), codec.open_reader(folder.wal_path(WalFile.parse(name), chapter)) as reader:
+    stored = folder.wal_path(WalFile.parse(name), chapter)
+    with contextlib.suppress(OSError), codec.open_reader(stored, folder.tree) as reader:
         return reader.read().decode(errors="replace")
     return None
 
 
-def _same_content(stored: str, source: int) -> bool:
+def _same_content(stored: str, tree: Tree, source: int) -> bool:
     os.lseek(source, 0, os.SEEK_SET)
-    with codec.open_reader(stored) as reader:
+    with codec.open_reader(stored, tree) as reader:
         while True:
             ours = os.read(source, codec.CHUNK)
             theirs = reader.read(len(ours) or 1)
@@ -83,9 +85,9 @@ def _same_content(stored: str, source: int) -> bool:
                 return True
 
 
-def _already_stored(stored: str, source: int, path: str) -> str:
+def _already_stored(stored: str, tree: Tree, source: int, path: str) -> str:
     try:
-        same = _same_content(stored, source)
+        same = _same_content(stored, tree, source)
     except PitrError as error:
         raise PitrError(f"{path} was not archived: the archive already has it, but {error.message}") from None
     if not same:
@@ -94,7 +96,7 @@ def _already_stored(stored: str, source: int, path: str) -> str:
             " into the same place. Find out which one owns it before doing anything else."
         )
     # Whoever stored it may have died, or not yet come, to this point; success promises stable storage.
-    fsync_directory(os.path.dirname(stored))
+    tree.settle(stored)
     return f"{os.path.basename(path)} was already in the archive, with the same content"
 
 
@@ -120,33 +122,26 @@ def push(path: str, repository: str, cluster: str, compression: str = "auto") ->
             history = _history_text(wal_file, folder, chapter, os.path.dirname(path) or ".")
             check_segment(os.pread(source, SegmentHeader.SIZE, 0), wal_file, chapter, path, history)
         stored = folder.wal_path(wal_file, chapter)
-        if os.path.exists(stored):
-            return _already_stored(stored, source, path)
-        directory = os.path.dirname(stored)
-        if not os.path.isdir(directory):
-            make_directory(directory)
-        return _store(source, path, stored, compression if wal_file.kind in ("segment", "partial") else "none")
+        if folder.tree.exists(stored):
+            return _already_stored(stored, folder.tree, source, path)
+        kept_as = compression if wal_file.kind in ("segment", "partial") else "none"
+        return _store(source, path, stored, folder.tree, kept_as)
     finally:
         os.close(source)
 
 
-def _store(source: int, path: str, stored: str, compression: str) -> str:
+def _store(source: int, path: str, stored: str, tree: Tree, compression: str) -> str:
     """Temporary file, write, fsync, link without replacing, fsync of the directory."""
-    temporary = temporary_name(stored)
-    with codec.open_writer(temporary, compression) as writer:
-        os.lseek(source, 0, os.SEEK_SET)
-        while True:
-            data = os.read(source, codec.CHUNK)
-            if not data:
-                break
-            writer.write(data)
     try:
-        os.link(temporary, stored)
+        with tree.adding(stored) as temporary, codec.open_writer(temporary, compression) as writer:
+            os.lseek(source, 0, os.SEEK_SET)
+            while True:
+                data = os.read(source, codec.CHUNK)
+                if not data:
+                    break
+                writer.write(data)
     except FileExistsError:
-        return _already_stored(stored, source, path)
-    finally:
-        os.unlink(temporary)
-    fsync_directory(os.path.dirname(stored))
+        return _already_stored(stored, tree, source, path)
     return f"{os.path.basename(path)} archived"
 
 
@@ -160,19 +155,19 @@ def get(name: str, target: str, repository: str, cluster: str, system_identifier
     folder = ClusterFolder.open(repository, cluster)
     chapter = folder.require(system_identifier) if system_identifier else folder.chapter
     archive = folder.archive_path(chapter)
-    if not os.path.isdir(archive):
+    if not folder.tree.exists(archive):
         raise PitrError(f"{archive} does not exist, so nothing can be said about {name}. Is the repository mounted?")
     stored = folder.wal_path(wal_file, chapter)
     temporary = target + ".pitr"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
     try:
-        with codec.open_reader(stored) as reader:
+        with codec.open_reader(stored, folder.tree) as reader:
             _deliver(reader, wal_file, chapter, folder, stored, temporary)
     except FileNotFoundError:
-        if os.path.exists(stored):
+        if folder.tree.exists(stored):
             raise
-        _prove_absent(wal_file, archive, chapter)
+        _prove_absent(wal_file, archive, folder.tree)
         raise Absent(f"{name} is not in the archive") from None
     os.rename(temporary, target)
 
@@ -208,11 +203,11 @@ def _deliver(
         os.close(descriptor)
 
 
-def _prove_absent(wal_file: WalFile, archive: str, chapter: Chapter) -> None:
+def _prove_absent(wal_file: WalFile, archive: str, tree: Tree) -> None:
     """Raise PitrError when the archive holds something that an absent file contradicts."""
     if wal_file.kind == "history":
         # Timeline 1 never has one, and the server asks for it all the same.
-        if wal_file.timeline > 1 and any(True for _log in archived_logs(archive, wal_file.timeline)):
+        if wal_file.timeline > 1 and any(archived_logs(archive, wal_file.timeline, tree)):
             raise PitrError(
                 f"{wal_file.name} is missing from {archive}, but segments of timeline {wal_file.timeline} are there."
                 " Copy it back from a server's pg_wal; recovery would otherwise take another branch."
@@ -220,7 +215,7 @@ def _prove_absent(wal_file: WalFile, archive: str, chapter: Chapter) -> None:
         return
     if wal_file.kind != "segment":
         return
-    later = first_later(archive, wal_file)
+    later = first_later(archive, wal_file, tree)
     if later is not None:
         raise PitrError(
             f"{wal_file.name} is missing from {archive}, but {later} is there: the archive has a hole."
@@ -228,14 +223,13 @@ def _prove_absent(wal_file: WalFile, archive: str, chapter: Chapter) -> None:
         )
 
 
-def first_later(archive: str, wal_file: WalFile) -> str | None:
+def first_later(archive: str, wal_file: WalFile, tree: Tree) -> str | None:
     """Name of a segment of the same timeline that is later than this one, or None."""
-    for log in archived_logs(archive, wal_file.timeline):
+    for log in archived_logs(archive, wal_file.timeline, tree):
         if log < wal_file.log:
             continue
-        with os.scandir(os.path.join(archive, log)) as entries:
-            for entry in entries:
-                # Plain names only: .partial and .backup files and temporary ones prove nothing about later WAL.
-                if len(entry.name) == 24 and entry.name > wal_file.name:
-                    return entry.name
+        for name in tree.names(os.path.join(archive, log)):
+            # Plain names only: .partial and .backup files and temporary ones prove nothing about later WAL.
+            if len(name) == 24 and name > wal_file.name:
+                return name
     return None

@@ -32,14 +32,12 @@ from .postgres import Login, binary, binary_version, query, run
 from .repository import (
     BACKUP_FILE,
     ClusterFolder,
-    fsync_directory,
-    make_directory,
     read_json,
-    temporary_name,
     write_atomic,
     write_json,
 )
 from .timeline import parse_history
+from .tree import LOCAL, Tree, fsync_directory, make_directory, temporary_name
 from .wal import Lsn, history_name
 
 MANIFEST = "backup_manifest"
@@ -51,15 +49,18 @@ def stored_backups(folder: ClusterFolder) -> list[Backup]:
     """Complete backups of a cluster, oldest first. Raises PitrError when a description is damaged."""
     backups = []
     try:
-        names = sorted(os.listdir(folder.backups_path))
+        names = folder.tree.names(folder.backups_path)
     except FileNotFoundError:
         raise PitrError(f"{folder.backups_path} does not exist. Is the repository mounted?") from None
     for name in names:
         document = os.path.join(folder.backups_path, name, BACKUP_FILE)
-        if name.startswith(".") or not os.path.exists(document):
+        if name.startswith("."):
             continue
         try:
-            backups.append(Backup.from_dict(read_json(document)))
+            backups.append(Backup.from_dict(read_json(document, folder.tree)))
+        except (FileNotFoundError, NotADirectoryError):
+            # Not complete, or not a backup.
+            continue
         except PitrError as error:
             raise PitrError(f"{document}: {error.message}.") from None
     return sorted(backups, key=lambda backup: (backup.stopped_at, backup.label))
@@ -72,7 +73,7 @@ def damaged_backups(folder: ClusterFolder, backups: list[Backup]) -> dict[str, s
         for file in backup.files:
             path = os.path.join(folder.backups_path, backup.label, file.name)
             try:
-                size = os.stat(path).st_size
+                size = folder.tree.stat(path).size
             except OSError as error:
                 result[backup.label] = f"{path}: {error.strerror}"
                 break
@@ -83,9 +84,9 @@ def damaged_backups(folder: ClusterFolder, backups: list[Backup]) -> dict[str, s
 
 
 @contextlib.contextmanager
-def open_tar(path: str) -> Iterator[tarfile.TarFile]:
+def open_tar(path: str, tree: Tree = LOCAL) -> Iterator[tarfile.TarFile]:
     """Walk a stored tar once, whatever it is compressed with. Raises PitrError naming it when it is damaged."""
-    with codec.open_reader(path) as reader:
+    with codec.open_reader(path, tree) as reader:
         try:
             # "r|" reads strictly forward; the mode never seeks.
             with tarfile.open(fileobj=reader, mode="r|", bufsize=codec.CHUNK) as tar:  # type: ignore[call-overload]
@@ -125,15 +126,19 @@ def manifest_facts(path: str) -> tuple[int, Lsn, Lsn, int, int]:
     return ranges[-1][0], min(item[1] for item in ranges), max(item[2] for item in ranges), files, total
 
 
-def sha256(path: str) -> str:
+def sha256(path: str, tree: Tree = LOCAL) -> str:
     """Digest of a file's stored bytes."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as stream:
+    source = tree.open(path)
+    try:
         while True:
-            data = stream.read(codec.CHUNK)
+            data = os.read(source.descriptor, codec.CHUNK)
             if not data:
+                source.check()
                 return digest.hexdigest()
             digest.update(data)
+    finally:
+        source.close()
 
 
 class BaseBackup:

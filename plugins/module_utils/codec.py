@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Iterator
 
 from .errors import PitrError
+from .tree import LOCAL, Source, Tree
 
 CHUNK = 1024 * 1024
 NAMES = ("none", "gzip", "lz4", "zstd")
@@ -179,13 +180,12 @@ def open_writer(path: str, codec: str) -> Iterator[Writer]:
 class Reader:
     """The content of a stored file. The read that returns ``b""`` has checked the file's own checksum."""
 
-    def __init__(self, descriptor: int, name: str) -> None:
-        """``name`` is what errors call the file."""
-        self._name = name
-        self._source = descriptor
+    def __init__(self, source: Source) -> None:
+        """The caller closes ``source``, after this."""
+        self._file = source
+        self._source = source.descriptor
         self._pid = 0
-        head = os.pread(descriptor, 8, 0)
-        self.codec = detect(head)
+        self.codec = detect(source.peek(8))
         self._buffer = b""
         if self.codec == "gzip":
             self._inflate = zlib.decompressobj(31)
@@ -193,12 +193,14 @@ class Reader:
         elif self.codec != "none":
             self._source, target = os.pipe()
             self._errors, errors = os.pipe()
-            self._pid = _spawn([_command(self.codec), "-q", "-d", "-c"], descriptor, target, errors)
+            self._pid = _spawn([_command(self.codec), "-q", "-d", "-c"], source.descriptor, target, errors)
             os.close(target)
             os.close(errors)
 
     def _damaged(self, why: str) -> PitrError:
-        return PitrError(f"{self._name} is damaged: {why}.", path=self._name)
+        """What to raise; when the transfer has failed, that is raised instead, for the file is not to blame."""
+        self._file.check()
+        return PitrError(f"{self._file.name} is damaged: {why}.", path=self._file.name)
 
     def _next(self) -> bytes:
         """The next piece of content of any size, empty at the proven end."""
@@ -242,6 +244,7 @@ class Reader:
         while size < 0 or length < size:
             data = self._next()
             if not data:
+                self._file.check()
                 break
             parts.append(data)
             length += len(data)
@@ -263,17 +266,17 @@ class Reader:
 
 
 @contextlib.contextmanager
-def open_reader(path: str) -> Iterator[Reader]:
+def open_reader(path: str, tree: Tree = LOCAL) -> Iterator[Reader]:
     """Read the content of a stored file, whatever it is compressed with.
 
     Raises OSError when it cannot be opened and PitrError, naming it, when it is damaged or truncated.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    source = tree.open(path)
     try:
-        reader = Reader(descriptor, path)
+        reader = Reader(source)
         try:
             yield reader
         finally:
             reader.close()
     finally:
-        os.close(descriptor)
+        source.close()

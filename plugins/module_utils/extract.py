@@ -7,15 +7,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable
 
+from . import codec
 from .backup import MANIFEST, open_tar, sha256
 from .catalog import Backup, Tablespace
 from .codec import CHUNK
 from .errors import PitrError
 from .postgres import binary, run
 from .repository import write_atomic
+from .tree import LOCAL, Tree
 
 PG_CONTROL = "global/pg_control"
 # pg_control waits under this name until everything else is in place: without it no server starts from the directory.
@@ -30,12 +34,12 @@ def _safe(root: str, name: str, where: str) -> str:
     return os.path.join(root, *[part for part in parts if part not in ("", ".")])
 
 
-def extract_tar(path: str, root: str, progress: Callable[[int], None]) -> None:
+def extract_tar(path: str, root: str, progress: Callable[[int], None], tree: Tree = LOCAL) -> None:
     """Unpack one stored tar below ``root``, calling ``progress`` with the bytes of every file.
 
     Existing files are never overwritten. Raises PitrError or OSError.
     """
-    with open_tar(path) as tar:
+    with open_tar(path, tree) as tar:
         for member in tar:
             name = HELD_BACK if member.name.lstrip("./") == PG_CONTROL else member.name
             target = _safe(root, name, path)
@@ -69,43 +73,54 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: str) -> None:
 
 
 def extract(
-    backup: Backup, folder: str, pgdata: str, locations: dict[int, str], progress: Callable[[int], None]
+    backup: Backup,
+    folder: str,
+    pgdata: str,
+    locations: dict[int, str],
+    progress: Callable[[int], None],
+    tree: Tree = LOCAL,
 ) -> None:
     """Unpack a full backup. ``locations`` maps tablespace OIDs to the directories they go to, which must be empty.
 
     Afterwards the directory is complete but for pg_control, which lies under :data:`HELD_BACK`.
     """
     base = [file.name for file in backup.files if file.name.startswith("base.tar")]
-    extract_tar(os.path.join(folder, base[0]), pgdata, progress)
+    extract_tar(os.path.join(folder, base[0]), pgdata, progress, tree)
     for tablespace in backup.tablespaces:
         location = locations[tablespace.oid]
         os.makedirs(location, mode=0o700, exist_ok=True)
         stored = [file.name for file in backup.files if file.name.startswith(f"{tablespace.oid}.tar")]
         if not stored:
             raise PitrError(f"The backup {backup.label} has no file for the tablespace {tablespace.oid}.")
-        extract_tar(os.path.join(folder, stored[0]), location, progress)
+        extract_tar(os.path.join(folder, stored[0]), location, progress, tree)
         os.symlink(location, os.path.join(pgdata, "pg_tblspc", str(tablespace.oid)))
 
 
-def verify(backup: Backup, folder: str, pgdata: str, bin_dir: str) -> None:
+def verify(backup: Backup, folder: str, pgdata: str, bin_dir: str, tree: Tree = LOCAL) -> None:
     """Compare every restored file with the backup's manifest (pg_verifybackup). Raises PitrError naming the files."""
-    manifest = os.path.join(folder, MANIFEST)
+    stored = os.path.join(folder, MANIFEST)
     expected = {file.name: file.sha256 for file in backup.files}[MANIFEST]
-    if sha256(manifest) != expected:
-        raise PitrError(f"{manifest} is not the file that was stored with the backup.", path=manifest)
-    argv = [binary(bin_dir, "pg_verifybackup"), "--no-parse-wal", "--quiet", f"--manifest-path={manifest}"]
-    # Both names, because one of them is the other; pg_control proves itself by its own checksum.
-    argv += [f"--ignore={PG_CONTROL}", f"--ignore={HELD_BACK}", "--ignore=pitr-restoring.json", pgdata]
-    try:
-        run(argv)
-    except PitrError as error:
-        # zstd as the server writes it has no checksum of its own, so that damage shows only here.
-        stored = [(os.path.join(folder, file.name), file.sha256) for file in backup.files]
-        changed = ", ".join(path for path, digest in stored if sha256(path) != digest)
-        reason = f"{changed} has changed since it was stored" if changed else "the stored files are as they were stored"
-        raise PitrError(
-            f"The restored files are not those of the backup {backup.label}: {reason}. {error.message}", path=changed
-        ) from None
+    if sha256(stored, tree) != expected:
+        raise PitrError(f"{stored} is not the file that was stored with the backup.", path=stored)
+    with tempfile.TemporaryDirectory(prefix="pitr-manifest-") as directory:
+        manifest = os.path.join(directory, MANIFEST)
+        with codec.open_reader(stored, tree) as reader, open(manifest, "wb") as copy:
+            shutil.copyfileobj(reader, copy, CHUNK)
+        argv = [binary(bin_dir, "pg_verifybackup"), "--no-parse-wal", "--quiet", f"--manifest-path={manifest}"]
+        # Both names, because one of them is the other; pg_control proves itself by its own checksum.
+        argv += [f"--ignore={PG_CONTROL}", f"--ignore={HELD_BACK}", "--ignore=pitr-restoring.json", pgdata]
+        try:
+            run(argv)
+        except PitrError as error:
+            # zstd as the server writes it has no checksum of its own, so that damage shows only here.
+            files = [(os.path.join(folder, file.name), file.sha256) for file in backup.files]
+            changed = ", ".join(path for path, digest in files if sha256(path, tree) != digest)
+            kept = "the stored files are as they were stored"
+            reason = f"{changed} has changed since it was stored" if changed else kept
+            raise PitrError(
+                f"The restored files are not those of the backup {backup.label}: {reason}. {error.message}",
+                path=changed,
+            ) from None
 
 
 def rewrite_tablespace_map(pgdata: str, tablespaces: tuple[Tablespace, ...], locations: dict[int, str]) -> None:

@@ -108,14 +108,11 @@ def scan(folder: ClusterFolder, chapter: Chapter | None = None) -> ArchiveIndex:
     archive = folder.archive_path(chapter)
     index = ArchiveIndex(chapter.wal_segment_size)
     try:
-        logs = sorted(archived_logs(archive))
-        files = sorted(os.listdir(archive))
+        files = folder.tree.names(archive)
     except FileNotFoundError:
         raise PitrError(f"{archive} does not exist. Is the repository mounted?") from None
-    for log in logs:
-        with os.scandir(os.path.join(archive, log)) as entries:
-            found = sorted(entry.name for entry in entries)
-        for name in found:
+    for log in archived_logs(archive, None, folder.tree):
+        for name in folder.tree.names(os.path.join(archive, log)):
             if name.startswith("."):
                 continue
             try:
@@ -132,7 +129,7 @@ def scan(folder: ClusterFolder, chapter: Chapter | None = None) -> ArchiveIndex:
             except PitrError:
                 index.unknown.append(name)
                 continue
-            with codec.open_reader(os.path.join(archive, name)) as reader:
+            with codec.open_reader(os.path.join(archive, name), folder.tree) as reader:
                 text = reader.read().decode(errors="replace")
             index.add_history(wal_file.timeline, parse_history(wal_file.timeline, text))
     return index

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 from typing import Any
 
 from .backup import damaged_backups, stored_backups
@@ -64,7 +63,7 @@ def archive_info(folder: ClusterFolder, bin_dir: str = "") -> dict[str, Any]:
         timeline = newest[-1]
         last = index.last(timeline) or 0
         name = index.name(timeline, last)
-        written = os.stat(folder.wal_path(WalFile.parse(name))).st_mtime
+        written = folder.tree.stat(folder.wal_path(WalFile.parse(name))).mtime
         archived_at = datetime.datetime.fromtimestamp(written, datetime.timezone.utc)
         result.update(last_segment=name, last_segment_archived_at=archived_at.isoformat(timespec="seconds"))
         if bin_dir:

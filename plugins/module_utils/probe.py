@@ -74,7 +74,7 @@ class Probe:
         name = segment_name(timeline, number, chapter.wal_segment_size)
         stored = self._folder.wal_path(WalFile.parse(name), chapter)
         pause = 0.01
-        while not os.path.exists(stored):
+        while not self._folder.tree.exists(stored):
             if time.monotonic() - started > self._timeout:
                 raise PitrError(self._failure(connection, name))
             time.sleep(pause)
@@ -88,7 +88,7 @@ class Probe:
             source = open(original, "rb")
         except OSError:
             return False
-        with source, codec.open_reader(stored) as reader:
+        with source, codec.open_reader(stored, self._folder.tree) as reader:
             while True:
                 ours = source.read(codec.CHUNK)
                 if ours != reader.read(codec.CHUNK):

@@ -20,7 +20,8 @@ from typing import Any
 
 from .errors import PitrError
 from .postgres import conf_literal, parse_settings
-from .repository import fsync_directory, write_atomic
+from .repository import write_atomic
+from .tree import fsync_directory
 
 INCLUDE_DIR = "conf.d"
 FILE = "99-pitr-recovery.conf"

@@ -27,6 +27,7 @@ import re
 from collections.abc import Iterator
 
 from .errors import PitrError
+from .tree import LOCAL, Tree, fsync_directory, make_directory, temporary_name, tree_for
 from .wal import WalFile
 
 FORMAT = 1
@@ -35,33 +36,6 @@ CLUSTER_FILE = "cluster.json"
 BACKUP_FILE = "backup.json"
 
 _CLUSTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
-
-
-def fsync_directory(path: str) -> None:
-    """Make a new or removed name in this directory survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def make_directory(path: str) -> bool:
-    """Create one directory, 0700, durably. Returns False when it was there."""
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        if not os.path.isdir(path):
-            raise PitrError(f"{path} is in the way: it is not a directory. Nothing was changed.") from None
-        return False
-    fsync_directory(os.path.dirname(path))
-    return True
-
-
-def temporary_name(path: str) -> str:
-    """A name beside ``path`` that no reader takes for a finished file."""
-    folder, name = os.path.split(path)
-    return os.path.join(folder, f".{name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
 
 
 def write_atomic(path: str, data: bytes, mode: int = 0o600) -> None:
@@ -86,10 +60,9 @@ def write_json(path: str, value: object, mode: int = 0o600) -> None:
     write_atomic(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode(), mode)
 
 
-def read_json(path: str) -> dict[str, object]:
+def read_json(path: str, tree: Tree = LOCAL) -> dict[str, object]:
     """Read a document of the repository and check its format number. Raises OSError or PitrError."""
-    with open(path, "rb") as stream:
-        data = stream.read()
+    data = tree.read(path)
     try:
         value = json.loads(data)
     except ValueError as error:
@@ -143,6 +116,7 @@ class ClusterFolder:
         check_cluster_name(name)
         self.repository = repository
         self.name = name
+        self.tree = tree_for(repository)
         self.path = os.path.join(repository, name)
         self.chapters: list[Chapter] = []
 
@@ -151,7 +125,7 @@ class ClusterFolder:
         """Open an existing folder. Raises PitrError naming what is missing; an unmounted directory is never empty."""
         folder = cls(repository, name)
         try:
-            read_json(os.path.join(repository, MARKER))
+            read_json(os.path.join(repository, MARKER), folder.tree)
         except FileNotFoundError:
             raise PitrError(
                 f"{repository} is not a repository: it has no {MARKER}. Is its filesystem mounted?"
@@ -161,7 +135,7 @@ class ClusterFolder:
         except OSError as error:
             raise PitrError(f"The repository {repository} cannot be read: {error.strerror}.") from None
         try:
-            stored = read_json(os.path.join(folder.path, CLUSTER_FILE))
+            stored = read_json(os.path.join(folder.path, CLUSTER_FILE), folder.tree)
         except FileNotFoundError:
             raise PitrError(
                 f"The repository {repository} has no cluster '{name}'. Clusters there:"
@@ -261,11 +235,10 @@ def create(repository: str, name: str, chapter: Chapter, check: bool = False) ->
     return folder, created
 
 
-def archived_logs(archive: str, timeline: int | None = None) -> Iterator[str]:
-    """Names of the 4 GB folders of an archive, of one timeline or all, in no order."""
+def archived_logs(archive: str, timeline: int | None = None, tree: Tree = LOCAL) -> Iterator[str]:
+    """Names of the 4 GB folders of an archive, of one timeline or all, ascending."""
     prefix = "" if timeline is None else f"{timeline:08X}"
-    with os.scandir(archive) as entries:
-        for entry in entries:
-            # "00000002.history" has 16 characters too.
-            if len(entry.name) == 16 and "." not in entry.name and entry.name.startswith(prefix):
-                yield entry.name
+    for name in tree.names(archive):
+        # "00000002.history" has 16 characters too.
+        if len(name) == 16 and "." not in name and name.startswith(prefix):
+            yield name

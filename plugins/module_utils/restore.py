@@ -38,8 +38,9 @@ from .plan import (
     target_timeline,
 )
 from .postgres import binary, binary_version, control_data, data_version, run, running_pid, shell_command
-from .repository import ClusterFolder, fsync_directory, write_json
+from .repository import ClusterFolder, write_json
 from .target import RecoveryTarget
+from .tree import fsync_directory
 from .waldump import WalScanner
 
 ARCHIVE_AFTER = ("off", "same", "none-until-promoted")
@@ -306,9 +307,9 @@ class Restore:
             os.chmod(pgdata, 0o700)
             progress = _Marker(os.path.join(pgdata, IN_PROGRESS), result.backup, moved_aside, locations)
             stored = os.path.join(self._folder.backups_path, result.backup.label)
-            extract.extract(result.backup, stored, pgdata, locations, progress.add)
+            extract.extract(result.backup, stored, pgdata, locations, progress.add, self._folder.tree)
             if self._request.verify:
-                extract.verify(result.backup, stored, pgdata, self._request.bin_dir)
+                extract.verify(result.backup, stored, pgdata, self._request.bin_dir, self._folder.tree)
             extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, locations)
             recovery_conf.write(
                 self._request.configuration,

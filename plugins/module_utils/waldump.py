@@ -170,7 +170,7 @@ class WalScanner:
 
     def _unpack(self, name: str, target: str) -> None:
         stored = self._folder.wal_path(WalFile.parse(name), self._chapter)
-        with codec.open_reader(stored) as reader, open(target, "wb") as stream:
+        with codec.open_reader(stored, self._folder.tree) as reader, open(target, "wb") as stream:
             while True:
                 data = reader.read(codec.CHUNK)
                 if not data:

@@ -99,7 +99,7 @@ MUTATIONS = (
     _mutation(
         "a duplicate is a success before it is on stable storage",
         "archive",
-        '    fsync_directory(os.path.dirname(stored))\n    return f"{os.path.basename(path)} was already',
+        '    tree.settle(stored)\n    return f"{os.path.basename(path)} was already',
         '    return f"{os.path.basename(path)} was already',
         "tests/unit/test_archive.py::test_duplicate_is_on_stable_storage_before_success_is_said",
     ),
@@ -116,7 +116,7 @@ MUTATIONS = (
     _mutation(
         "a missing history file is absent although its timeline is there",
         "archive",
-        "if wal_file.timeline > 1 and any(True for _log in archived_logs(archive, wal_file.timeline)):",
+        "if wal_file.timeline > 1 and any(archived_logs(archive, wal_file.timeline, tree)):",
         "if False:",
         "tests/unit/test_archive.py::test_missing_history_is_an_error_while_segments_of_its_timeline_are_there",
     ),
