@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ansible_collections.pgdrill.pitr.plugins.module_utils import tree
+from ansible_collections.pgdrill.pitr.plugins.module_utils import tree as trees
 from ansible_collections.pgdrill.pitr.plugins.module_utils.archive import Absent, get, push
 from ansible_collections.pgdrill.pitr.plugins.module_utils.codec import which
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
@@ -146,7 +146,7 @@ def test_duplicate_is_on_stable_storage_before_success_is_said(site: Site, monke
     path = site.write(wal_name(1, 3), segment(1, 3))
     site.push(path)
     synced: list[str] = []
-    monkeypatch.setattr(tree, "fsync_directory", synced.append)
+    monkeypatch.setattr(trees, "fsync_directory", synced.append)
     site.push(path)
     assert synced == [str(site.stored(wal_name(1, 3)).parent)]
 
