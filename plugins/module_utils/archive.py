@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 
 from . import codec
 from .errors import PitrError
@@ -21,9 +22,22 @@ from .timeline import ancestry, parse_history
 from .tree import Tree
 from .wal import SegmentHeader, WalFile, history_name
 
+# Seconds that a missing segment is waited for while its successors are being archived: of several that are pushed at
+# once, a later one may come first. An older hole (seconds) is one at once.
+HOLE_PATIENCE = 3.0
+HOLE_FRESH = 60.0
+
 
 class Absent(Exception):
     """The file is not in an archive that was reachable, and nothing later of its timeline is."""
+
+
+class _Hole(PitrError):
+    """A segment is missing, and ``later`` is the path of one behind it."""
+
+    def __init__(self, message: str, later: str) -> None:
+        super().__init__(message)
+        self.later = later
 
 
 def check_segment(data: bytes, wal_file: WalFile, chapter: Chapter, where: str, history: str | None) -> None:
@@ -85,12 +99,26 @@ def _same_content(stored: str, tree: Tree, source: int) -> bool:
                 return True
 
 
+def _content_size(stored: str, tree: Tree) -> int:
+    size = 0
+    with codec.open_reader(stored, tree) as reader:
+        while data := reader.read(codec.CHUNK):
+            size += len(data)
+    return size
+
+
 def _already_stored(stored: str, tree: Tree, source: int, path: str) -> str:
     try:
         same = _same_content(stored, tree, source)
     except PitrError as error:
         raise PitrError(f"{path} was not archived: the archive already has it, but {error.message}") from None
     if not same:
+        held, own = _content_size(stored, tree), os.fstat(source).st_size
+        if held != own and WalFile.parse(os.path.basename(path)).kind in ("segment", "partial"):
+            raise PitrError(
+                f"{path} was not archived: the archive already has it, but {stored} is damaged: it holds {held} bytes"
+                f" instead of {own}. Move that file aside, and this one is archived at the next try."
+            )
         raise PitrError(
             f"{path} was not archived: {stored} exists with other content, unchanged. Two servers may be archiving"
             " into the same place. Find out which one owns it before doing anything else."
@@ -142,6 +170,12 @@ def _store(source: int, path: str, stored: str, tree: Tree, compression: str) ->
                 writer.write(data)
     except FileExistsError:
         return _already_stored(stored, tree, source, path)
+    except OSError as error:
+        # Writing to a descriptor and syncing it name no file.
+        error.filename = error.filename or f"{path} to {stored}"
+        raise
+    except PitrError as error:
+        raise PitrError(f"{path} was not archived: {stored}: {error.message}") from None
     return f"{os.path.basename(path)} archived"
 
 
@@ -161,14 +195,29 @@ def get(name: str, target: str, repository: str, cluster: str, system_identifier
     temporary = target + ".pitr"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
-    try:
-        with codec.open_reader(stored, folder.tree) as reader:
-            _deliver(reader, wal_file, chapter, folder, stored, temporary)
-    except FileNotFoundError:
-        if folder.tree.exists(stored):
-            raise
-        _prove_absent(wal_file, archive, folder.tree)
-        raise Absent(f"{name} is not in the archive") from None
+    deadline = time.monotonic() + HOLE_PATIENCE
+    came = False
+    while True:
+        try:
+            with codec.open_reader(stored, folder.tree) as reader:
+                _deliver(reader, wal_file, chapter, folder, stored, temporary)
+            break
+        except FileNotFoundError:
+            if folder.tree.exists(stored):
+                # Archived just now; if not, it is the target's directory that is missing.
+                if came:
+                    raise
+                came = True
+                continue
+        try:
+            _prove_absent(wal_file, archive, folder.tree)
+        except _Hole as hole:
+            if time.monotonic() > deadline or abs(time.time() - folder.tree.stat(hole.later).mtime) > HOLE_FRESH:
+                raise
+            time.sleep(0.05)
+            continue
+        _prove_mounted(folder, archive, name)
+        raise Absent(f"{name} is not in the archive")
     os.rename(temporary, target)
 
 
@@ -195,7 +244,9 @@ def _deliver(
             parse_history(wal_file.timeline, head.decode(errors="replace"))
         if os.fstat(descriptor).st_size != size:
             raise PitrError(f"{temporary} could not be written whole. Is the filesystem full?")
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or temporary
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
@@ -217,10 +268,27 @@ def _prove_absent(wal_file: WalFile, archive: str, tree: Tree) -> None:
         return
     later = first_later(archive, wal_file, tree)
     if later is not None:
-        raise PitrError(
+        raise _Hole(
             f"{wal_file.name} is missing from {archive}, but {later} is there: the archive has a hole."
-            " Recovery cannot go past it. Find the segment, or restore to a target before it."
+            " Recovery cannot go past it. Find the segment, or restore to a target before it.",
+            os.path.join(archive, later[:16], later),
         )
+
+
+def _prove_mounted(folder: ClusterFolder, archive: str, name: str) -> None:
+    """Raise PitrError when the archive is empty and cannot be: no backup is complete without WAL in it.
+
+    The repository's marker proves that the repository is mounted, but not a filesystem below it. A second chapter may
+    be empty beside the backups of the first.
+    """
+    if len(folder.chapters) > 1 or any(archived_logs(archive, None, folder.tree)):
+        return
+    with contextlib.suppress(FileNotFoundError):
+        if any(not label.startswith(".") for label in folder.tree.names(folder.backups_path)):
+            raise PitrError(
+                f"{archive} is empty, but there are backups in {folder.backups_path}, so nothing can be said about"
+                f" {name}. Is its filesystem mounted?"
+            )
 
 
 def first_later(archive: str, wal_file: WalFile, tree: Tree) -> str | None:

@@ -91,9 +91,9 @@ MUTATIONS = (
     ),
     _mutation(
         "a stored segment is replaced",
-        "archive",
-        "        os.link(temporary, stored)\n",
-        "        os.rename(temporary, stored); open(temporary, 'w').close()\n",
+        "tree",
+        "            os.link(temporary, path)\n",
+        "            os.rename(temporary, path); open(temporary, 'w').close()\n",
         "tests/unit/test_archive.py::test_of_different_contents_pushed_at_once_exactly_one_wins",
     ),
     _mutation(
@@ -123,8 +123,8 @@ MUTATIONS = (
     _mutation(
         "an archive that is gone is an empty one",
         "archive",
-        "    if not os.path.isdir(archive):\n",
-        "    if not os.path.isdir(archive):\n        raise Absent(name)\n    if False:\n",
+        "    if not folder.tree.exists(archive):\n",
+        "    if not folder.tree.exists(archive):\n        raise Absent(name)\n    if False:\n",
         "tests/unit/test_archive.py::test_archive_folder_that_is_gone_is_an_error",
     ),
     _mutation(
@@ -187,7 +187,7 @@ MUTATIONS = (
     _mutation(
         "a directory without the marker is a repository",
         "repository",
-        "            read_json(os.path.join(repository, MARKER))\n",
+        "            read_json(os.path.join(repository, MARKER), folder.tree)\n",
         "            pass\n",
         "tests/unit/test_repository.py::test_unmounted_repository_is_an_error",
         f"{REFUSALS}::test_directory_without_the_marker_is_no_repository",
@@ -459,7 +459,7 @@ MUTATIONS = (
     _mutation(
         "the manifest itself is not checked",
         "extract",
-        "if sha256(manifest) != expected:",
+        "if sha256(stored, tree) != expected:",
         "if False:",
         f"{FAULTS}::test_damaged_backup_is_noticed_and_the_old_directory_is_back_and_starts[_swap_all]",
     ),
@@ -653,8 +653,11 @@ MUTATIONS = (
     _mutation(
         "a directory without a description is a backup",
         "backup",
-        'if name.startswith(".") or not os.path.exists(document):',
-        "if False:",
+        '        if name.startswith("."):\n            continue\n        try:\n'
+        "            backups.append(Backup.from_dict(read_json(document, folder.tree)))\n"
+        "        except (FileNotFoundError, NotADirectoryError):\n",
+        "        try:\n            backups.append(Backup.from_dict(read_json(document, folder.tree)))\n"
+        "        except ZeroDivisionError:\n",
         f"{BACKUP}::test_killed_backup_is_never_visible_and_its_name_can_be_used_again",
     ),
     _mutation(
