@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.install import instal
 from ansible_collections.pgdrill.pitr.tests.integration.smalldisk import SmallDisk, small_disk
 from ansible_collections.pgdrill.pitr.tests.integration.support import (
     CLUSTER,
+    SEGMENT_SIZE,
     Restored,
     Sandbox,
     Server,
@@ -442,7 +444,8 @@ def test_damaged_stored_segment_is_named_is_never_delivered_and_never_taken_for_
     history: History, broken: Storage, tmp_path: Path, compression: str
 ) -> None:
     segment = broken.segments()[2]
-    content = _content(segment)
+    # Noise behind the first page: where everything is zero, another distance in a gzip stream means the same bytes.
+    content = _content(segment)[:8192] + random.Random(1).randbytes(SEGMENT_SIZE - 8192)
     original = tmp_path / "pg_wal" / segment.name
     original.parent.mkdir()
     original.write_bytes(content)
