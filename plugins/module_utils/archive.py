@@ -112,6 +112,9 @@ def _already_stored(stored: str, tree: Tree, source: int, path: str) -> str:
         same = _same_content(stored, tree, source)
     except PitrError as error:
         raise PitrError(f"{path} was not archived: the archive already has it, but {error.message}") from None
+    except OSError as error:
+        error.filename = error.filename or stored
+        raise
     if not same:
         held, own = _content_size(stored, tree), os.fstat(source).st_size
         if held != own and WalFile.parse(os.path.basename(path)).kind in ("segment", "partial"):
@@ -246,7 +249,7 @@ def _deliver(
             raise PitrError(f"{temporary} could not be written whole. Is the filesystem full?")
     except BaseException as error:
         if isinstance(error, OSError):
-            error.filename = error.filename or temporary
+            error.filename = error.filename or f"{stored} to {temporary}"
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise

@@ -27,8 +27,11 @@ LAUNCHER = """\
 # pitr-wal: {version}
 # PostgreSQL reads exit 1 from restore_command as "end of archive", and hides an archive_command that ends above 125.
 # So only a proven absence leaves here as 1 for get (79 inside), and every failure of push stays within 1 to 125.
+# The traps are for what ends this shell on the way: when there is no free process, dash ends with 2.
+case "$1" in get) trap 'exit 200' 0 ;; *) trap 'exit 125' 0 ;; esac
 {python} -I -S {library} {folder} "$@" < /dev/null
 status=$?
+trap - 0
 case "$1:$status" in
   *:0) exit 0 ;;
   get:{absent}) exit 1 ;;

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -639,6 +640,26 @@ def test_fast_shutdown_with_a_backlog_and_a_slow_archive_loses_nothing(sandbox: 
     assert archive_info(primary.folder)["gaps"] == []
     primary.server.stop()
     assert restored(primary).run().phase == "after all"
+
+
+def test_host_without_a_free_process_is_no_end_of_the_archive(
+    history: History, broken: Storage, tmp_path: Path
+) -> None:
+    """Shells end with 2 when they cannot fork, which PostgreSQL would take for the end of the archive."""
+    segment = broken.segments()[2]
+    (tmp_path / segment.name).write_bytes(_content(segment))
+    for arguments, low, high in (
+        (("get", CLUSTER, segment.name, str(tmp_path / "RECOVERYXLOG")), 126, 255),
+        (("push", CLUSTER, str(tmp_path / segment.name)), 1, 125),
+    ):
+        done = subprocess.run(
+            [broken.wal_command, *arguments],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NPROC, (1, 1)),
+        )  # fmt: skip
+        assert low <= done.returncode <= high, (arguments, done)
+        assert "fork" in done.stderr
+    assert not (tmp_path / "RECOVERYXLOG").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])

@@ -282,6 +282,13 @@ MUTATIONS = (
         f"{ARCHIVING}::test_repository_that_is_away_for_a_while_loses_nothing",
     ),
     _mutation(
+        "a launcher that cannot fork is the end of the archive",
+        "cli",
+        "case \"$1\" in get) trap 'exit 200' 0 ;; *) trap 'exit 125' 0 ;; esac\n",
+        "",
+        f"{ARCHIVE_FAULTS}::test_host_without_a_free_process_is_no_end_of_the_archive",
+    ),
+    _mutation(
         "the environment of the server reaches the interpreter",
         "cli",
         "{python} -I -S {library}",

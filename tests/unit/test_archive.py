@@ -254,6 +254,17 @@ def test_duplicate_of_a_cut_plain_segment_is_refused_as_damaged_and_not_as_anoth
     assert str(stored) in error.message and "Two servers" not in error.message
 
 
+def test_stored_segment_that_cannot_be_read_is_named_by_both(site: Site) -> None:
+    path = site.write(wal_name(1, 3), segment(1, 3))
+    stored = site.stored(wal_name(1, 3))
+    stored.mkdir(parents=True)
+    with pytest.raises(OSError, match="Is a directory") as caught:
+        site.push(path)
+    assert caught.value.filename == str(stored)
+    with pytest.raises(OSError, match="Is a directory"):
+        site.get(wal_name(1, 3))
+
+
 def test_duplicate_of_a_damaged_stored_segment_is_refused_and_names_it(site: Site) -> None:
     site.store(3, compression="gzip")
     stored = site.stored(wal_name(1, 3))
