@@ -79,72 +79,133 @@ def detect(head: bytes) -> str:
     return "none"
 
 
+Stages = list[list[str]]  # argv of one process each; every one reads what the one before it writes
+
+
+def compressing(name: str, level: int, size: int = 0) -> Stages:
+    """The processes that compress with this codec; none where Python does it itself.
+
+    ``size`` (bytes) is that of the content, when it is known. It is written into the file's header.
+    """
+    if name == "zstd":
+        known = [f"--stream-size={size}"] if size else []
+        return [[_command(name), "-q", "-c", f"-{level}", *known]]
+    if name == "lz4":
+        return [[_command(name), "-q", "-c", f"-{level}"]]
+    return []
+
+
+def decompressing(name: str) -> Stages:
+    """The processes that give back the content of a file of this codec; none where Python does it itself."""
+    return [[_command(name), "-q", "-d", "-c"]] if name in ("zstd", "lz4") else []
+
+
+class Pipeline:
+    """Processes in a row: the first reads ``stdin``, the last writes ``stdout``. The caller closes both."""
+
+    def __init__(self, stages: Stages, stdin: int, stdout: int) -> None:
+        """Start all of them. The descriptors may be files, so that no content passes through Python."""
+        self._pids: list[int] = []
+        self._errors, errors = os.pipe()
+        source = stdin
+        try:
+            for number, argv in enumerate(stages, 1):
+                reader, target = (-1, stdout) if number == len(stages) else os.pipe()
+                self._pids.append(_spawn(argv, source, target, errors))
+                if source != stdin:
+                    os.close(source)
+                if target != stdout:
+                    os.close(target)
+                source = reader
+        except BaseException:
+            os.close(errors)
+            self.kill()
+            raise
+        os.close(errors)
+
+    def finish(self) -> str:
+        """Wait for all; return what they complained about, or the empty text when every one succeeded."""
+        with os.fdopen(self._errors, "rb") as stream:
+            said = stream.read(4000).decode(errors="replace").strip()
+        failed = 0
+        for pid in self._pids:
+            status = os.waitpid(pid, 0)[1]
+            # One that could not hand on what it had is no reason, but whoever did not take it.
+            if status and failed in (0, signal.SIGPIPE):
+                failed = status
+        self._pids = []
+        if not failed:
+            return ""
+        return said.replace("\n", " ") or f"ended with wait status {failed}"
+
+    def kill(self) -> None:
+        """End them without caring for their output."""
+        for pid in self._pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.finish()
+
+
 def _spawn(argv: list[str], stdin: int, stdout: int, stderr: int) -> int:
     """Start a process with these file descriptors (all of ours are close-on-exec)."""
     actions = [(os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate((stdin, stdout, stderr))]
     return os.posix_spawn(argv[0], argv, os.environ, file_actions=actions, setsigdef=[signal.SIGPIPE])
 
 
-def _finish(pid: int, errors: int) -> str:
-    """Wait for a process; return what it complained about, or the empty text when it succeeded."""
-    with os.fdopen(errors, "rb") as stream:
-        said = stream.read(4000).decode(errors="replace").strip()
-    _pid, status = os.waitpid(pid, 0)
-    if status == 0:
-        return ""
-    return said.replace("\n", " ") or f"ended with wait status {status}"
-
-
 class Writer:
     """Compresses what is written into an open file descriptor. ``finish`` must succeed, or nothing was stored."""
 
-    def __init__(self, target: int, codec: str) -> None:
-        self._name, level = parse(codec)
+    def __init__(self, target: int, codec: str | tuple[str, int], after: Stages | None = None) -> None:
+        """``codec`` as text or as ``parse`` gives it; ``after``: processes behind the compression."""
+        self._name, level = parse(codec) if isinstance(codec, str) else codec
+        self._deflate = zlib.compressobj(level, zlib.DEFLATED, 31) if self._name == "gzip" else None
+        stages = [*compressing(self._name, level), *(after or [])]
+        self._pipeline: Pipeline | None = None
         self._target = target
-        self._pipe = -1
-        if self._name == "gzip":
-            self._deflate = zlib.compressobj(level, zlib.DEFLATED, 31)
-        elif self._name != "none":
-            source, self._pipe = os.pipe()
-            self._errors, errors = os.pipe()
-            argv = [_command(self._name), "-q", "-c", f"-{level}"]
-            self._pid = _spawn(argv, source, target, errors)
-            os.close(source)
-            os.close(errors)
+        if stages:
+            source, self._target = os.pipe()
+            try:
+                self._pipeline = Pipeline(stages, source, target)
+            except BaseException:
+                os.close(self._target)
+                raise
+            finally:
+                os.close(source)
 
     def write(self, data: bytes) -> int:
         """Take the next bytes. Raises OSError as a file would, and PitrError when the compressor has given up."""
-        if self._name == "gzip":
-            _write_all(self._target, self._deflate.compress(data))
-        elif self._pipe < 0:
-            _write_all(self._target, data)
-        else:
-            try:
-                _write_all(self._pipe, data)
-            except BrokenPipeError:
-                # "Broken pipe" tells nothing; the compressor has said that the disk is full.
-                self.finish()
-                raise
+        try:
+            _write_all(self._target, data if self._deflate is None else self._deflate.compress(data))
+        except BrokenPipeError:
+            # "Broken pipe" tells nothing; the compressor has said that the disk is full.
+            self._end()
+            raise
         return len(data)
 
     def finish(self) -> None:
         """Flush everything into the file. Raises PitrError when the compressor failed."""
-        if self._name == "gzip":
-            _write_all(self._target, self._deflate.flush())
-        elif self._pipe >= 0:
-            os.close(self._pipe)
-            self._pipe = -1
-            said = _finish(self._pid, self._errors)
+        if self._deflate is not None:
+            try:
+                _write_all(self._target, self._deflate.flush())
+            except BrokenPipeError:
+                self._end()
+                raise
+        self._end()
+
+    def _end(self) -> None:
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None:
+            os.close(self._target)
+            said = pipeline.finish()
             if said:
                 raise PitrError(f"{self._name} could not write: {said}.")
 
     def abort(self) -> None:
         """End the compressor without caring for its output."""
-        if self._pipe >= 0:
-            os.kill(self._pid, signal.SIGKILL)
-            os.close(self._pipe)
-            self._pipe = -1
-            _finish(self._pid, self._errors)
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None:
+            pipeline.kill()
+            os.close(self._target)
 
 
 def _write_all(target: int, data: bytes) -> None:
@@ -154,27 +215,57 @@ def _write_all(target: int, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def open_writer(path: str, codec: str) -> Iterator[Writer]:
-    """Create ``path`` (0600, must not exist), compress into it, and leave it on stable storage.
-
-    Raises FileExistsError, OSError, or PitrError; then the file is removed again.
-    """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+def _new_file(path: str) -> Iterator[int]:
+    """A descriptor for ``path`` (0600, must not exist); on stable storage afterwards, or removed again."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        writer = Writer(descriptor, codec)
-        try:
-            yield writer
-            writer.finish()
-            os.fsync(descriptor)
-        except BaseException:
-            writer.abort()
-            raise
+        yield descriptor
+        os.fsync(descriptor)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(path)
         raise
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def open_writer(path: str, codec: str | tuple[str, int], after: Stages | None = None) -> Iterator[Writer]:
+    """Create ``path`` (0600, must not exist), compress into it, and leave it on stable storage.
+
+    Raises FileExistsError, OSError, or PitrError; then the file is removed again.
+    """
+    with _new_file(path) as descriptor:
+        writer = Writer(descriptor, codec, after)
+        try:
+            yield writer
+            writer.finish()
+        except BaseException:
+            writer.abort()
+            raise
+
+
+def store(source: int, path: str, codec: str | tuple[str, int], size: int, after: Stages | None = None) -> None:
+    """Create ``path`` (0600, must not exist) with the content of an open file, and leave it on stable storage.
+
+    ``source`` stands at its beginning, and holds ``size`` bytes. Where the codec is a command, it reads the file
+    itself: no content passes through Python. Raises FileExistsError, OSError, or PitrError; then the file is removed
+    again.
+    """
+    name, level = parse(codec) if isinstance(codec, str) else codec
+    stages = compressing(name, level, size)
+    if stages:
+        with _new_file(path) as descriptor:
+            said = Pipeline([*stages, *(after or [])], source, descriptor).finish()
+            if said:
+                raise PitrError(f"{name} could not write: {said}.")
+        return
+    with open_writer(path, (name, level), after) as writer:
+        while True:
+            data = os.read(source, CHUNK)
+            if not data:
+                break
+            writer.write(data)
 
 
 class Reader:
@@ -184,18 +275,22 @@ class Reader:
         """The caller closes ``source``, after this."""
         self._file = source
         self._source = source.descriptor
-        self._pid = 0
+        self._pipeline: Pipeline | None = None
         self.codec = detect(source.peek(8))
         self._buffer = b""
         if self.codec == "gzip":
             self._inflate = zlib.decompressobj(31)
             self._raw = b""
-        elif self.codec != "none":
+        stages = decompressing(self.codec)
+        if stages:
             self._source, target = os.pipe()
-            self._errors, errors = os.pipe()
-            self._pid = _spawn([_command(self.codec), "-q", "-d", "-c"], source.descriptor, target, errors)
-            os.close(target)
-            os.close(errors)
+            try:
+                self._pipeline = Pipeline(stages, source.descriptor, target)
+            except BaseException:
+                os.close(self._source)
+                raise
+            finally:
+                os.close(target)
 
     def _damaged(self, why: str) -> PitrError:
         """What to raise; when the transfer has failed, that is raised instead, for the file is not to blame."""
@@ -208,12 +303,11 @@ class Reader:
             return os.read(self._source, CHUNK)
         if self.codec == "gzip":
             return self._next_gzip()
-        data = os.read(self._source, CHUNK) if self._source >= 0 else b""
-        if not data and self._pid:
+        data = os.read(self._source, CHUNK) if self._pipeline else b""
+        if not data and self._pipeline:
             os.close(self._source)
-            self._source = -1
-            pid, self._pid = self._pid, 0
-            said = _finish(pid, self._errors)
+            pipeline, self._pipeline = self._pipeline, None
+            said = pipeline.finish()
             if said:
                 raise self._damaged(f"{self.codec} says: {said}")
         return data
@@ -257,12 +351,10 @@ class Reader:
 
     def close(self) -> None:
         """Let go, also in the middle of the content."""
-        if self._pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)
+        if self._pipeline:
             os.close(self._source)
-            pid, self._pid = self._pid, 0
-            _finish(pid, self._errors)
+            pipeline, self._pipeline = self._pipeline, None
+            pipeline.kill()
 
 
 @contextlib.contextmanager
@@ -280,3 +372,33 @@ def open_reader(path: str, tree: Tree = LOCAL) -> Iterator[Reader]:
             reader.close()
     finally:
         source.close()
+
+
+def extract(path: str, target: int, target_name: str, tree: Tree = LOCAL) -> None:
+    """Write the content of a stored file into an open, empty file, which errors call ``target_name``.
+
+    Where the codec is a command, it writes the file itself. Raises what ``open_reader`` and its reads raise, and
+    OSError when the target cannot be written.
+    """
+    source = tree.open(path)
+    try:
+        stages = decompressing(detect(source.peek(8)))
+        if stages and not Pipeline(stages, source.descriptor, target).finish():
+            source.check()
+            return
+    finally:
+        source.close()
+    # Done here, or once more after a failure: only the one who both reads and writes can tell which of the files is
+    # to blame, and a full disk must not be taken for a damaged archive.
+    os.ftruncate(target, 0)
+    os.lseek(target, 0, os.SEEK_SET)
+    with open_reader(path, tree) as reader:
+        while True:
+            data = reader.read(CHUNK)
+            if not data:
+                return
+            try:
+                _write_all(target, data)
+            except OSError as error:
+                error.filename = target_name
+                raise
