@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import postgresql
+from . import postgresql, programs
 from .drill import environment
 from .layout import MAJORS, Layout, lock, make_private
 from .processes import Interrupted, Supervisor
@@ -80,6 +80,9 @@ def _environment(layout: Layout, checkout: Path, major: int) -> dict[str, str]:
     env["TMPDIR"] = str(layout.test_tmp)
     env["PGDRILL_TEST_BIN_DIR"] = str(layout.bin_dir(major))
     env["PGDRILL_TEST_PG"] = str(major)
+    env.update(programs.variables(layout))
+    # What was fetched comes last: of the system's own programs none is replaced.
+    env["PATH"] += f"{os.pathsep}{layout.programs}"
     # A test that runs playbooks writes a sandbox.yml of its own and points this at it; never at the drills'.
     env.pop("PGDRILL_SANDBOX")
     env.pop("PYTEST_ADDOPTS", None)
