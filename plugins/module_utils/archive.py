@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from . import codec
 from .errors import PitrError
@@ -104,14 +104,16 @@ def _already_stored(stored: str, tree: Tree, source: int, path: str) -> str:
     return f"{os.path.basename(path)} was already in the archive, with the same content"
 
 
-def push(path: str, repository: str, cluster: str, compression: str = "auto") -> str:
+def push(
+    path: str, repository: str, cluster: str, compression: str = "auto", ssh: Mapping[str, str] | None = None
+) -> str:
     """Archive one file of pg_wal. Returns what was done; returning means it is on stable storage.
 
     Pushing the same file again succeeds and changes nothing. Raises PitrError or OSError when it is not archived.
     """
     wal_file = WalFile.parse(os.path.basename(path))
     pg_wal = os.path.dirname(path) or "."
-    folder = ClusterFolder.open(repository, cluster)
+    folder = ClusterFolder.open(repository, cluster, ssh)
     chapter = folder.chapter
     try:
         source = os.open(path, os.O_RDONLY)
@@ -159,14 +161,21 @@ def _store(source: int, path: str, stored: str, tree: Tree, kept: tuple[str, int
     return f"{os.path.basename(path)} archived"
 
 
-def get(name: str, target: str, repository: str, cluster: str, system_identifier: str | None = None) -> None:
+def get(
+    name: str,
+    target: str,
+    repository: str,
+    cluster: str,
+    system_identifier: str | None = None,
+    ssh: Mapping[str, str] | None = None,
+) -> None:
     """Fetch one file of the archive to ``target`` (PostgreSQL's %p), whole and checked, or not at all.
 
     ``system_identifier`` selects the chapter; without it, the newest. Raises Absent when the file is proven not to be
     there, PitrError or OSError for everything else.
     """
     wal_file = WalFile.parse(name)
-    folder = ClusterFolder.open(repository, cluster)
+    folder = ClusterFolder.open(repository, cluster, ssh)
     chapter = folder.require(system_identifier) if system_identifier else folder.chapter
     archive = folder.archive_path(chapter)
     if not folder.tree.exists(archive):

@@ -20,13 +20,17 @@ from .errors import PitrError
 
 ABSENT = 79
 FAILED = 1
-USAGE = "usage: pitr-wal push CLUSTER PATH | pitr-wal get [--system-identifier=N] CLUSTER NAME TARGET"
+USAGE = (
+    "usage: pitr-wal push CLUSTER PATH | pitr-wal get [--system-identifier=N] CLUSTER NAME TARGET"
+    " | pitr-wal serve --read|--write CLUSTER REPOSITORY"
+)
 
 LAUNCHER = """\
 #!/bin/sh
 # pitr-wal: {version}
 # PostgreSQL reads exit 1 from restore_command as "end of archive", and hides an archive_command that ends above 125.
 # So only a proven absence leaves here as 1 for get (79 inside), and every failure of push stays within 1 to 125.
+if [ "$1" = serve ]; then exec {python} -I -S {library} {folder} "$@"; fi
 {python} -I -S {library} {folder} "$@" < /dev/null
 status=$?
 case "$1:$status" in
@@ -39,7 +43,7 @@ esac
 
 
 def configuration(folder: str, cluster: str) -> dict[str, str]:
-    """Read ``<folder>/<cluster>.json``: repository and compression. Raises PitrError when it is not usable."""
+    """Read ``<folder>/<cluster>.json``: repository, compression, how to reach it. Raises PitrError."""
     path = os.path.join(folder, f"{cluster}.json")
     try:
         with open(path, encoding="utf-8") as stream:
@@ -58,7 +62,8 @@ def main(argv: list[str]) -> int:
         folder, arguments = argv[0], argv[2:]
         if verb == "push" and len(arguments) == 2:
             settings = configuration(folder, arguments[0])
-            push(arguments[1], settings["repository"], arguments[0], settings.get("compression", "auto"))
+            ssh = {**settings, "ssh_identity": settings.get("ssh_writer_identity", "")}
+            push(arguments[1], settings["repository"], arguments[0], settings.get("compression", "auto"), ssh)
             return 0
         if verb == "hold":
             # archive_command of a restored cluster that nobody has accepted yet: its WAL waits in pg_wal.
@@ -71,8 +76,13 @@ def main(argv: list[str]) -> int:
             identifier = arguments.pop(0).partition("=")[2]
         if verb == "get" and len(arguments) == 3:
             settings = configuration(folder, arguments[0])
-            get(arguments[1], arguments[2], settings["repository"], arguments[0], identifier)
+            ssh = {**settings, "ssh_identity": settings.get("ssh_reader_identity", "")}
+            get(arguments[1], arguments[2], settings["repository"], arguments[0], identifier, ssh)
             return 0
+        if verb == "serve" and len(arguments) == 3 and arguments[0] in ("--read", "--write"):
+            from .serve import serve
+
+            return serve(arguments[0][2:], arguments[1], arguments[2])
         sys.stderr.write(USAGE + "\n")
         return FAILED
     except Absent:

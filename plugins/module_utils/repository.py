@@ -24,7 +24,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from .errors import PitrError
 from .tree import LOCAL, Tree, fsync_directory, make_directory, temporary_name, tree_for
@@ -111,19 +111,19 @@ def check_cluster_name(name: str) -> None:
 class ClusterFolder:
     """One cluster's part of a repository."""
 
-    def __init__(self, repository: str, name: str) -> None:
-        """Does not touch the disk. Raises PitrError for a name that cannot be one."""
+    def __init__(self, repository: str, name: str, ssh: Mapping[str, str] | None = None) -> None:
+        """Does not touch the disk. ``ssh`` as for tree_for. Raises PitrError for a name that cannot be one."""
         check_cluster_name(name)
         self.repository = repository
         self.name = name
-        self.tree = tree_for(repository)
+        self.tree = tree_for(repository, ssh)
         self.path = os.path.join(repository, name)
         self.chapters: list[Chapter] = []
 
     @classmethod
-    def open(cls, repository: str, name: str) -> ClusterFolder:
+    def open(cls, repository: str, name: str, ssh: Mapping[str, str] | None = None) -> ClusterFolder:
         """Open an existing folder. Raises PitrError naming what is missing; an unmounted directory is never empty."""
-        folder = cls(repository, name)
+        folder = cls(repository, name, ssh)
         try:
             read_json(os.path.join(repository, MARKER), folder.tree)
         except FileNotFoundError:

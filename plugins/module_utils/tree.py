@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from .errors import PitrError
 
@@ -152,6 +152,11 @@ def make_directory_of(path: str) -> None:
 LOCAL = Tree()
 
 
-def tree_for(repository: str) -> Tree:
-    """The way to reach this repository."""
+def tree_for(repository: str, ssh: Mapping[str, str] | None = None) -> Tree:
+    """The way to reach this repository. ``ssh``: settings of remote.SshTree, for ``ssh://…``."""
+    if repository.startswith("ssh://"):
+        # Who has a directory does not pay for this.
+        from .remote import ssh_tree
+
+        return ssh_tree(repository, ssh)
     return LOCAL

@@ -27,7 +27,7 @@ _ADMINISTRATORS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 @dataclass(frozen=True)
 class Program:
-    """A command and Debian's package of it."""
+    """A command, or a shared library to be preloaded, and Debian's package of it."""
 
     name: str
     package: str
@@ -35,13 +35,19 @@ class Program:
     @property
     def variable(self) -> str:
         """Environment variable that tells the tests where it is; unset where it is not."""
-        return f"PGDRILL_TEST_{self.name.upper().replace('-', '_')}"
+        return f"PGDRILL_TEST_{self.name.removesuffix('.so').upper().replace('-', '_')}"
+
+    @property
+    def is_library(self) -> bool:
+        return self.name.endswith(".so")
 
 
 PROGRAMS = (
     Program("sshd", "openssh-server"),
     Program("ssh", "openssh-client"),
     Program("ssh-keygen", "openssh-client"),
+    # sshd lets nobody in whose account is locked or has no shell, such as `nobody`; this lends it another passwd file.
+    Program("libnss_wrapper.so", "libnss-wrapper"),
     Program("age", "age"),
     Program("age-keygen", "age"),
     Program("zstd", "zstd"),
@@ -51,6 +57,9 @@ PROGRAMS = (
 
 def find(layout: Layout, program: Program) -> Path | None:
     """Where the program is: on the system, or unpacked by :func:`ensure`."""
+    if program.is_library:
+        unpacked = layout.programs.parent / "system" / "usr" / "lib"
+        return next((path for place in (Path("/usr/lib"), unpacked) for path in place.glob(f"*/{program.name}")), None)
     places = [*os.environ.get("PATH", "/usr/bin:/bin").split(os.pathsep), *_ADMINISTRATORS, str(layout.programs)]
     found = shutil.which(program.name, path=os.pathsep.join(place for place in places if place))
     return Path(found) if found else None
@@ -67,7 +76,9 @@ def ensure(layout: Layout, programs: Sequence[Program] = PROGRAMS) -> None:
         return
     step(f"fetching {names} (once) …")
     try:
-        _unpack(layout, missing)
+        # What was unpacked before makes room, so it comes along.
+        unpacked = [program for program in programs if layout.programs.parent in (find(layout, program) or Path()).parents]
+        _unpack(layout, [*missing, *unpacked])
     except SandboxError as error:
         problem(f"tests that need {names} are skipped: {error}")
 
@@ -96,6 +107,8 @@ def _unpack(layout: Layout, programs: Sequence[Program]) -> None:
     for name in ("lists", "cache", "packages"):
         shutil.rmtree(fresh / name)
     for program in programs:
+        if program.is_library:
+            continue
         original = next(_originals(fresh / "system", program.name), None)
         if original is None:
             raise SandboxError(f"the package {program.package} holds no {program.name}")

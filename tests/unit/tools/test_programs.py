@@ -43,6 +43,14 @@ def test_variable_is_set_only_for_a_program_that_is_there(sandbox: Layout, monke
     assert programs.variables(sandbox) == {"PGDRILL_TEST_A_TOOL_OF_THE_TESTS": str(sandbox.programs / TOOL.name)}
 
 
+def test_library_is_found_where_it_was_unpacked(sandbox: Layout) -> None:
+    library = Program("libsomething_of_the_tests.so", "a-package")
+    assert programs.find(sandbox, library) is None
+    put(sandbox.programs.parent / "system" / "usr" / "lib" / "a-machine" / library.name, "")
+    assert programs.find(sandbox, library) is not None
+    assert library.variable == "PGDRILL_TEST_LIBSOMETHING_OF_THE_TESTS"
+
+
 def test_machine_without_apt_is_told_in_one_line_which_tests_are_skipped(
     sandbox: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
