@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from . import codec
 from .errors import PitrError
@@ -78,6 +78,12 @@ def _history_text(wal_file: WalFile, folder: ClusterFolder, chapter: Chapter, pg
 
 
 def _same_content(stored: str, tree: Tree, source: int) -> bool:
+    if codec.is_encrypted(stored, tree):
+        from .crypt import content_digest, verify_stored
+
+        # This host cannot decrypt it. Its first line tells the content, and that what follows is whole.
+        header = verify_stored(tree, stored)
+        return (header.content, header.size) == content_digest(source)
     os.lseek(source, 0, os.SEEK_SET)
     with codec.open_reader(stored, tree) as reader:
         while True:
@@ -129,7 +135,9 @@ def push(path: str, repository: str, cluster: str, compression: str = "auto") ->
         stored = folder.wal_path(wal_file, chapter)
         if folder.tree.exists(stored):
             return _already_stored(stored, folder.tree, source, path)
-        return _store(source, path, stored, folder.tree, kept_as(wal_file, compression))
+        # Timelines must be known to hosts that have no key: what there is, and what to keep, depends on them.
+        recipients = () if wal_file.kind == "history" else folder.recipients
+        return _store(source, path, stored, folder.tree, kept_as(wal_file, compression), recipients)
     finally:
         os.close(source)
 
@@ -144,13 +152,15 @@ def kept_as(wal_file: WalFile, compression: str) -> tuple[str, int]:
     return ("gzip", 0) if name == "none" else (name, level)
 
 
-def _store(source: int, path: str, stored: str, tree: Tree, kept: tuple[str, int]) -> str:
+def _store(
+    source: int, path: str, stored: str, tree: Tree, kept: tuple[str, int], recipients: Sequence[str] = ()
+) -> str:
     """Temporary file, write, fsync, link without replacing, fsync of the directory."""
     before = os.fstat(source)
     try:
         with tree.adding(stored) as temporary:
             os.lseek(source, 0, os.SEEK_SET)
-            codec.store(source, temporary, kept, before.st_size)
+            codec.store(source, temporary, kept, before.st_size, recipients)
             after = os.fstat(source)
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
                 raise PitrError(f"{path} was changed while it was read. It was not archived; nothing was changed.")
@@ -159,14 +169,21 @@ def _store(source: int, path: str, stored: str, tree: Tree, kept: tuple[str, int
     return f"{os.path.basename(path)} archived"
 
 
-def get(name: str, target: str, repository: str, cluster: str, system_identifier: str | None = None) -> None:
+def get(
+    name: str,
+    target: str,
+    repository: str,
+    cluster: str,
+    system_identifier: str | None = None,
+    identity: str = "",
+) -> None:
     """Fetch one file of the archive to ``target`` (PostgreSQL's %p), whole and checked, or not at all.
 
-    ``system_identifier`` selects the chapter; without it, the newest. Raises Absent when the file is proven not to be
-    there, PitrError or OSError for everything else.
+    ``system_identifier`` selects the chapter; without it, the newest. ``identity``: path of the file with the keys to
+    what is encrypted. Raises Absent when the file is proven not to be there, PitrError or OSError for everything else.
     """
     wal_file = WalFile.parse(name)
-    folder = ClusterFolder.open(repository, cluster)
+    folder = ClusterFolder.open(repository, cluster, identity)
     chapter = folder.require(system_identifier) if system_identifier else folder.chapter
     archive = folder.archive_path(chapter)
     if not folder.tree.exists(archive):
@@ -204,6 +221,8 @@ def fetch(wal_file: WalFile, chapter: Chapter, folder: ClusterFolder, target: st
         elif wal_file.kind == "history":
             text = os.pread(descriptor, size, 0)
             parse_history(wal_file.timeline, text.decode(errors="replace"))
+        elif not os.pread(descriptor, 20, 0).startswith(b"START WAL LOCATION: "):
+            raise PitrError(f"{stored} is damaged: it is not what PostgreSQL writes about a backup.")
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(target)

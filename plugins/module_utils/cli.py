@@ -20,7 +20,10 @@ from .errors import PitrError
 
 ABSENT = 79
 FAILED = 1
-USAGE = "usage: pitr-wal push CLUSTER PATH | pitr-wal get [--system-identifier=N] CLUSTER NAME TARGET"
+USAGE = (
+    "usage: pitr-wal push CLUSTER PATH"
+    " | pitr-wal get [--system-identifier=N] [--identity=PATH] CLUSTER NAME TARGET"
+)
 
 LAUNCHER = """\
 #!/bin/sh
@@ -39,7 +42,7 @@ esac
 
 
 def configuration(folder: str, cluster: str) -> dict[str, str]:
-    """Read ``<folder>/<cluster>.json``: repository and compression. Raises PitrError when it is not usable."""
+    """Read ``<folder>/<cluster>.json``: repository, compression, identity. Raises PitrError when it is not usable."""
     path = os.path.join(folder, f"{cluster}.json")
     try:
         with open(path, encoding="utf-8") as stream:
@@ -66,12 +69,15 @@ def main(argv: list[str]) -> int:
                 "pitr-wal hold: this cluster was restored and is not accepted yet; its WAL is kept here.\n"
             )
             return FAILED
-        identifier = None
-        if verb == "get" and arguments and arguments[0].startswith("--system-identifier="):
-            identifier = arguments.pop(0).partition("=")[2]
+        options = {}
+        while verb == "get" and arguments and arguments[0].startswith(("--system-identifier=", "--identity=")):
+            name, _equals, value = arguments.pop(0).partition("=")
+            options[name] = value
         if verb == "get" and len(arguments) == 3:
             settings = configuration(folder, arguments[0])
-            get(arguments[1], arguments[2], settings["repository"], arguments[0], identifier)
+            identity = options.get("--identity") or settings.get("identity", "")
+            identifier = options.get("--system-identifier")
+            get(arguments[1], arguments[2], settings["repository"], arguments[0], identifier, identity)
             return 0
         sys.stderr.write(USAGE + "\n")
         return FAILED
