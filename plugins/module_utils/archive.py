@@ -77,7 +77,8 @@ def _history_text(wal_file: WalFile, folder: ClusterFolder, chapter: Chapter, pg
     return None
 
 
-def _same_content(stored: str, tree: Tree, source: int) -> bool:
+def same_content(stored: str, tree: Tree, source: int) -> bool:
+    """Whether a stored file has the content of this open one. Raises PitrError when it is damaged."""
     if codec.is_encrypted(stored, tree):
         from .crypt import content_digest, verify_stored
 
@@ -97,7 +98,7 @@ def _same_content(stored: str, tree: Tree, source: int) -> bool:
 
 def _already_stored(stored: str, tree: Tree, source: int, path: str) -> str:
     try:
-        same = _same_content(stored, tree, source)
+        same = same_content(stored, tree, source)
     except PitrError as error:
         raise PitrError(f"{path} was not archived: the archive already has it, but {error.message}") from None
     if not same:

@@ -200,6 +200,7 @@ def decrypt_argv(identity: str, name: str, header: Header | None = None) -> list
             "identity_missing",
             f"{name} is encrypted{whom}, and no identity to decrypt it with was given here.",
             path=name,
+            recipients=header.recipients if header else None,
         )
     check_identity(identity)
     return [_age(), "-d", "-i", identity]
@@ -397,6 +398,7 @@ class Decrypted(Source):
                 f"{self.name} was not encrypted{whom} to the identity {self._identity}. It needs another identity,"
                 " or an identity file that holds both.",
                 path=self.name,
+                recipients=self.header.recipients if self.header else None,
             )
         raise PitrError(f"{self.name} is damaged: age says: {said}.", path=self.name)
 

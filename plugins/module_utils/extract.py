@@ -16,6 +16,7 @@ from . import codec
 from .backup import MANIFEST, open_tar, sha256
 from .catalog import Backup, Tablespace
 from .codec import CHUNK
+from .crypt import SUFFIX
 from .errors import PitrError
 from .postgres import binary, run
 from .repository import write_atomic
@@ -96,10 +97,16 @@ def extract(
         os.symlink(location, os.path.join(pgdata, "pg_tblspc", str(tablespace.oid)))
 
 
+def manifest_name(backup: Backup) -> str:
+    """Name of the stored manifest."""
+    return MANIFEST + (SUFFIX if backup.encryption else "")
+
+
 def verify(backup: Backup, folder: str, pgdata: str, bin_dir: str, tree: Tree = LOCAL) -> None:
     """Compare every restored file with the backup's manifest (pg_verifybackup). Raises PitrError naming the files."""
-    stored = os.path.join(folder, MANIFEST)
-    expected = {file.name: file.sha256 for file in backup.files}[MANIFEST]
+    name = manifest_name(backup)
+    stored = os.path.join(folder, name)
+    expected = {file.name: file.sha256 for file in backup.files}[name]
     if sha256(stored, tree) != expected:
         raise PitrError(f"{stored} is not the file that was stored with the backup.", path=stored)
     with tempfile.TemporaryDirectory(prefix="pitr-manifest-") as directory:
