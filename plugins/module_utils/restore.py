@@ -312,8 +312,11 @@ class Restore:
             return
         if result.backup.encryption:
             stored = os.path.join(self._folder.backups_path, result.backup.label)
-            manifest = os.path.join(stored, extract.manifest_name(result.backup))
-            self._try("backup_damaged", lambda: try_identity(tree, manifest), result.backup.encryption)
+            self._try(
+                "backup_damaged",
+                lambda: try_identity(tree, extract.check_manifest(result.backup, stored, tree)),
+                result.backup.encryption,
+            )
         chapter = self._folder.require(result.backup.system_identifier)
         tried = set()
         for name in segment_names(result, index):
