@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from . import codec
 from .errors import PitrError
@@ -77,7 +77,14 @@ def _history_text(wal_file: WalFile, folder: ClusterFolder, chapter: Chapter, pg
     return None
 
 
-def _same_content(stored: str, tree: Tree, source: int) -> bool:
+def same_content(stored: str, tree: Tree, source: int) -> bool:
+    """Whether a stored file has the content of this open one. Raises PitrError when it is damaged."""
+    if codec.is_encrypted(stored, tree):
+        from .crypt import content_digest, verify_stored
+
+        # This host cannot decrypt it. Its first line tells the content, and that what follows is whole.
+        header = verify_stored(tree, stored)
+        return (header.content, header.size) == content_digest(source)
     os.lseek(source, 0, os.SEEK_SET)
     with codec.open_reader(stored, tree) as reader:
         while True:
@@ -91,7 +98,7 @@ def _same_content(stored: str, tree: Tree, source: int) -> bool:
 
 def _already_stored(stored: str, tree: Tree, source: int, path: str) -> str:
     try:
-        same = _same_content(stored, tree, source)
+        same = same_content(stored, tree, source)
     except PitrError as error:
         raise PitrError(f"{path} was not archived: the archive already has it, but {error.message}") from None
     if not same:
@@ -105,7 +112,7 @@ def _already_stored(stored: str, tree: Tree, source: int, path: str) -> str:
 
 
 def push(
-    path: str, repository: str, cluster: str, compression: str = "auto", ssh: Mapping[str, str] | None = None
+    path: str, repository: str, cluster: str, compression: str = "auto", access: Mapping[str, str] | None = None
 ) -> str:
     """Archive one file of pg_wal. Returns what was done; returning means it is on stable storage.
 
@@ -113,7 +120,7 @@ def push(
     """
     wal_file = WalFile.parse(os.path.basename(path))
     pg_wal = os.path.dirname(path) or "."
-    folder = ClusterFolder.open(repository, cluster, ssh)
+    folder = ClusterFolder.open(repository, cluster, access)
     chapter = folder.chapter
     try:
         source = os.open(path, os.O_RDONLY)
@@ -131,7 +138,9 @@ def push(
         stored = folder.wal_path(wal_file, chapter)
         if folder.tree.exists(stored):
             return _already_stored(stored, folder.tree, source, path)
-        return _store(source, path, stored, folder.tree, kept_as(wal_file, compression))
+        # Timelines must be known to hosts that have no key: what there is, and what to keep, depends on them.
+        recipients = () if wal_file.kind == "history" else folder.recipients
+        return _store(source, path, stored, folder.tree, kept_as(wal_file, compression), recipients)
     finally:
         os.close(source)
 
@@ -146,13 +155,15 @@ def kept_as(wal_file: WalFile, compression: str) -> tuple[str, int]:
     return ("gzip", 0) if name == "none" else (name, level)
 
 
-def _store(source: int, path: str, stored: str, tree: Tree, kept: tuple[str, int]) -> str:
+def _store(
+    source: int, path: str, stored: str, tree: Tree, kept: tuple[str, int], recipients: Sequence[str] = ()
+) -> str:
     """Temporary file, write, fsync, link without replacing, fsync of the directory."""
     before = os.fstat(source)
     try:
         with tree.adding(stored) as temporary:
             os.lseek(source, 0, os.SEEK_SET)
-            codec.store(source, temporary, kept, before.st_size)
+            codec.store(source, temporary, kept, before.st_size, recipients)
             after = os.fstat(source)
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
                 raise PitrError(f"{path} was changed while it was read. It was not archived; nothing was changed.")
@@ -167,15 +178,15 @@ def get(
     repository: str,
     cluster: str,
     system_identifier: str | None = None,
-    ssh: Mapping[str, str] | None = None,
+    access: Mapping[str, str] | None = None,
 ) -> None:
     """Fetch one file of the archive to ``target`` (PostgreSQL's %p), whole and checked, or not at all.
 
-    ``system_identifier`` selects the chapter; without it, the newest. Raises Absent when the file is proven not to be
-    there, PitrError or OSError for everything else.
+    ``system_identifier`` selects the chapter; without it, the newest. ``identity``: path of the file with the keys to
+    what is encrypted. Raises Absent when the file is proven not to be there, PitrError or OSError for everything else.
     """
     wal_file = WalFile.parse(name)
-    folder = ClusterFolder.open(repository, cluster, ssh)
+    folder = ClusterFolder.open(repository, cluster, access)
     chapter = folder.require(system_identifier) if system_identifier else folder.chapter
     archive = folder.archive_path(chapter)
     if not folder.tree.exists(archive):
@@ -213,6 +224,8 @@ def fetch(wal_file: WalFile, chapter: Chapter, folder: ClusterFolder, target: st
         elif wal_file.kind == "history":
             text = os.pread(descriptor, size, 0)
             parse_history(wal_file.timeline, text.decode(errors="replace"))
+        elif not os.pread(descriptor, 20, 0).startswith(b"START WAL LOCATION: "):
+            raise PitrError(f"{stored} is damaged: it is not what PostgreSQL writes about a backup.")
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(target)

@@ -21,7 +21,8 @@ from .errors import PitrError
 ABSENT = 79
 FAILED = 1
 USAGE = (
-    "usage: pitr-wal push CLUSTER PATH | pitr-wal get [--system-identifier=N] CLUSTER NAME TARGET"
+    "usage: pitr-wal push CLUSTER PATH"
+    " | pitr-wal get [--system-identifier=N] [--identity=PATH] CLUSTER NAME TARGET"
     " | pitr-wal serve --read|--write CLUSTER REPOSITORY"
 )
 
@@ -43,7 +44,7 @@ esac
 
 
 def configuration(folder: str, cluster: str) -> dict[str, str]:
-    """Read ``<folder>/<cluster>.json``: repository, compression, how to reach it. Raises PitrError."""
+    """Read ``<folder>/<cluster>.json``: repository, compression, how to reach and read it. Raises PitrError."""
     path = os.path.join(folder, f"{cluster}.json")
     try:
         with open(path, encoding="utf-8") as stream:
@@ -62,8 +63,8 @@ def main(argv: list[str]) -> int:
         folder, arguments = argv[0], argv[2:]
         if verb == "push" and len(arguments) == 2:
             settings = configuration(folder, arguments[0])
-            ssh = {**settings, "ssh_identity": settings.get("ssh_writer_identity", "")}
-            push(arguments[1], settings["repository"], arguments[0], settings.get("compression", "auto"), ssh)
+            access = {**settings, "ssh_identity": settings.get("ssh_writer_identity", ""), "identity": ""}
+            push(arguments[1], settings["repository"], arguments[0], settings.get("compression", "auto"), access)
             return 0
         if verb == "hold":
             # archive_command of a restored cluster that nobody has accepted yet: its WAL waits in pg_wal.
@@ -71,13 +72,16 @@ def main(argv: list[str]) -> int:
                 "pitr-wal hold: this cluster was restored and is not accepted yet; its WAL is kept here.\n"
             )
             return FAILED
-        identifier = None
-        if verb == "get" and arguments and arguments[0].startswith("--system-identifier="):
-            identifier = arguments.pop(0).partition("=")[2]
+        options = {}
+        while verb == "get" and arguments and arguments[0].startswith(("--system-identifier=", "--identity=")):
+            name, _equals, value = arguments.pop(0).partition("=")
+            options[name] = value
         if verb == "get" and len(arguments) == 3:
             settings = configuration(folder, arguments[0])
-            ssh = {**settings, "ssh_identity": settings.get("ssh_reader_identity", "")}
-            get(arguments[1], arguments[2], settings["repository"], arguments[0], identifier, ssh)
+            access = {**settings, "ssh_identity": settings.get("ssh_reader_identity", "")}
+            access["identity"] = options.get("--identity") or settings.get("identity", "")
+            identifier = options.get("--system-identifier")
+            get(arguments[1], arguments[2], settings["repository"], arguments[0], identifier, access)
             return 0
         if verb == "serve" and len(arguments) == 3 and arguments[0] in ("--read", "--write"):
             from .serve import serve

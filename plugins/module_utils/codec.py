@@ -19,10 +19,14 @@ import contextlib
 import os
 import signal
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from .errors import PitrError
 from .tree import LOCAL, Source, Tree
+
+if TYPE_CHECKING:
+    from .crypt import Seal
 
 CHUNK = 1024 * 1024
 NAMES = ("none", "gzip", "lz4", "zstd")
@@ -105,6 +109,8 @@ class Pipeline:
 
     def __init__(self, stages: Stages, stdin: int, stdout: int) -> None:
         """Start all of them. The descriptors may be files, so that no content passes through Python."""
+        # After finish: whether it failed only because nobody took what it had to give.
+        self.cut_off = False
         self._pids: list[int] = []
         self._errors, errors = os.pipe()
         source = stdin
@@ -127,6 +133,8 @@ class Pipeline:
         """Wait for all; return what they complained about, or the empty text when every one succeeded."""
         with os.fdopen(self._errors, "rb") as stream:
             said = stream.read(4000).decode(errors="replace").strip()
+        # What age adds to every error.
+        said = " ".join(line for line in said.splitlines() if not line.startswith("age: report "))
         failed = 0
         for pid in self._pids:
             status = os.waitpid(pid, 0)[1]
@@ -134,9 +142,10 @@ class Pipeline:
             if status and failed in (0, signal.SIGPIPE):
                 failed = status
         self._pids = []
+        self.cut_off = failed == signal.SIGPIPE
         if not failed:
             return ""
-        return said.replace("\n", " ") or f"ended with wait status {failed}"
+        return said or f"ended with wait status {failed}"
 
     def kill(self) -> None:
         """End them without caring for their output."""
@@ -230,13 +239,13 @@ def _new_file(path: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def open_writer(path: str, codec: str | tuple[str, int], after: Stages | None = None) -> Iterator[Writer]:
+def open_writer(path: str, codec: str | tuple[str, int]) -> Iterator[Writer]:
     """Create ``path`` (0600, must not exist), compress into it, and leave it on stable storage.
 
     Raises FileExistsError, OSError, or PitrError; then the file is removed again.
     """
     with _new_file(path) as descriptor:
-        writer = Writer(descriptor, codec, after)
+        writer = Writer(descriptor, codec)
         try:
             yield writer
             writer.finish()
@@ -245,27 +254,58 @@ def open_writer(path: str, codec: str | tuple[str, int], after: Stages | None = 
             raise
 
 
-def store(source: int, path: str, codec: str | tuple[str, int], size: int, after: Stages | None = None) -> None:
+def store(source: int, path: str, codec: str | tuple[str, int], size: int, recipients: Sequence[str] = ()) -> None:
     """Create ``path`` (0600, must not exist) with the content of an open file, and leave it on stable storage.
 
     ``source`` stands at its beginning, and holds ``size`` bytes. Where the codec is a command, it reads the file
-    itself: no content passes through Python. Raises FileExistsError, OSError, or PitrError; then the file is removed
-    again.
+    itself: no content passes through Python. With ``recipients`` it is encrypted to them (crypt.py). Raises
+    FileExistsError, OSError, or PitrError; then the file is removed again.
     """
     name, level = parse(codec) if isinstance(codec, str) else codec
     stages = compressing(name, level, size)
-    if stages:
-        with _new_file(path) as descriptor:
-            said = Pipeline([*stages, *(after or [])], source, descriptor).finish()
+    seal = _seal(recipients)
+    with _new_file(path) as descriptor:
+        after = seal.begin(descriptor) if seal else []
+        if stages:
+            pipeline = Pipeline([*stages, *after], source, descriptor)
+            try:
+                if seal:
+                    # While the processes work.
+                    seal.read(source)
+            except BaseException:
+                pipeline.kill()
+                raise
+            said = pipeline.finish()
             if said:
                 raise PitrError(f"{name} could not write: {said}.")
-        return
-    with open_writer(path, (name, level), after) as writer:
+        else:
+            _deflate(source, Writer(descriptor, (name, level), after))
+            if seal:
+                seal.read(source)
+        if seal:
+            seal.finish(descriptor)
+
+
+def _seal(recipients: Sequence[str]) -> Seal | None:
+    if not recipients:
+        return None
+    # What only encryption needs costs as much as a start of Python.
+    from .crypt import Seal
+
+    return Seal(recipients)
+
+
+def _deflate(source: int, writer: Writer) -> None:
+    try:
         while True:
             data = os.read(source, CHUNK)
             if not data:
                 break
             writer.write(data)
+        writer.finish()
+    except BaseException:
+        writer.abort()
+        raise
 
 
 class Reader:
@@ -274,6 +314,7 @@ class Reader:
     def __init__(self, source: Source) -> None:
         """The caller closes ``source``, after this."""
         self._file = source
+        self._proof = source.proof()
         self._source = source.descriptor
         self._pipeline: Pipeline | None = None
         self.codec = detect(source.peek(8))
@@ -339,7 +380,11 @@ class Reader:
             data = self._next()
             if not data:
                 self._file.check()
+                if self._proof is not None:
+                    self._proof.check()
                 break
+            if self._proof is not None:
+                self._proof.update(data)
             parts.append(data)
             length += len(data)
         whole = parts[0] if len(parts) == 1 else b"".join(parts)
@@ -357,13 +402,42 @@ class Reader:
             pipeline.kill()
 
 
+def _encrypted(head: bytes) -> bool:
+    # As in crypt.py, which is not imported for every file.
+    return head.startswith((b"pitr-age ", b"age-encryption.org/"))
+
+
+def is_encrypted(path: str, tree: Tree = LOCAL) -> bool:
+    """Whether a stored file is encrypted, by its first bytes."""
+    source = tree.open(path)
+    try:
+        return _encrypted(source.peek(32))
+    finally:
+        source.close()
+
+
+def open_source(path: str, tree: Tree = LOCAL) -> Source:
+    """The stored bytes of a file; those inside of it when it is encrypted. Raises as open_reader does."""
+    source = tree.open(path)
+    try:
+        if _encrypted(source.peek(32)):
+            from .crypt import Decrypted
+
+            return Decrypted(source, tree.identity)
+        return source
+    except BaseException:
+        source.close()
+        raise
+
+
 @contextlib.contextmanager
 def open_reader(path: str, tree: Tree = LOCAL) -> Iterator[Reader]:
-    """Read the content of a stored file, whatever it is compressed with.
+    """Read the content of a stored file, whatever it is compressed with, and whether or not it is encrypted.
 
-    Raises OSError when it cannot be opened and PitrError, naming it, when it is damaged or truncated.
+    Raises OSError when it cannot be opened, PitrError, naming it, when it is damaged or truncated, and LockedError (of
+    crypt.py) when ``tree.identity`` does not open it.
     """
-    source = tree.open(path)
+    source = open_source(path, tree)
     try:
         reader = Reader(source)
         try:
@@ -380,11 +454,15 @@ def extract(path: str, target: int, target_name: str, tree: Tree = LOCAL) -> Non
     Where the codec is a command, it writes the file itself. Raises what ``open_reader`` and its reads raise, and
     OSError when the target cannot be written.
     """
-    source = tree.open(path)
+    source = open_source(path, tree)
     try:
         stages = decompressing(detect(source.peek(8)))
         if stages and not Pipeline(stages, source.descriptor, target).finish():
             source.check()
+            proof = source.proof()
+            if proof is not None:
+                proof.read(target)
+                proof.check()
             return
     finally:
         source.close()

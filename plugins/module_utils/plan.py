@@ -13,7 +13,7 @@ Backup", and the checks of ``xlogrecovery.c`` that would otherwise stop the serv
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,6 +249,23 @@ def reachable_end(backup: Backup, index: ArchiveIndex, timeline: int) -> tuple[i
             number = min(end, last_of_span) + 1
     reached = number - 1
     return reached, reached - first + 1, missing
+
+
+def segment_names(result: RestorePlan, index: ArchiveIndex) -> Iterator[str]:
+    """Names of the segments that a plan needs, in the order of recovery, each from the timeline that has it."""
+    size = index.segment_size
+    first = result.backup.start_lsn.segment_number(size)
+    position = 0
+    for number in range(first, first + result.segments):
+        while position + 1 < len(result.spans):
+            end = result.spans[position].end
+            if end is None or number < end.segment_number(size):
+                break
+            position += 1
+        for span in reversed(result.spans[: position + 1]):
+            if index.has(span.timeline, number):
+                yield index.name(span.timeline, number)
+                break
 
 
 def _stops_before(target: RecoveryTarget, last_commit: datetime.datetime | None) -> bool:

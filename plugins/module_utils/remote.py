@@ -347,7 +347,11 @@ class SshTree(Tree):
     """A repository on another host."""
 
     def __init__(self, repository: str, settings: Mapping[str, str] | None = None) -> None:
-        """Connects to nothing yet. ``settings``: ``ssh_identity``, ``ssh_known_hosts`` (paths), ``ssh_timeout``."""
+        """Connects to nothing yet.
+
+        ``settings``: ``ssh_identity``, ``ssh_known_hosts`` (paths), ``ssh_timeout``, and ``identity`` as for Tree.
+        """
+        super().__init__((settings or {}).get("identity", ""))
         self._repository = repository
         self._address = Address(repository)
         self._timeout = float(_timeout(settings or {}))
@@ -593,12 +597,13 @@ def _sweep(directory: str) -> None:
                 os.unlink(path)
 
 
+_SETTINGS = ("ssh_identity", "ssh_known_hosts", "ssh_timeout", "identity")
 _TREES: dict[tuple[str, ...], SshTree] = {}
 
 
 def ssh_tree(repository: str, settings: Mapping[str, str] | None = None) -> SshTree:
     """The way to this repository with these settings; the same one for the same, so that sessions are shared."""
-    chosen = [str((settings or {}).get(name) or "") for name in ("ssh_identity", "ssh_known_hosts", "ssh_timeout")]
+    chosen = [str((settings or {}).get(name) or "") for name in _SETTINGS]
     key = (repository, *chosen)
     if key not in _TREES:
         _TREES[key] = SshTree(repository, settings)

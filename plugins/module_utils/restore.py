@@ -17,13 +17,15 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from . import extract, recovery_conf
 from .backup import damaged_backups, stored_backups
 from .catalog import Backup
+from .crypt import LockedError, check_identity, read_header, recipients_id, try_identity
 from .errors import PitrError
 from .index import ArchiveIndex, scan
 from .plan import (
@@ -35,12 +37,14 @@ from .plan import (
     needed_spans,
     plan,
     reachable_end,
+    segment_names,
     target_timeline,
 )
 from .postgres import binary, binary_version, control_data, data_version, run, running_pid, shell_command
 from .repository import ClusterFolder, write_json
 from .target import RecoveryTarget
 from .tree import fsync_directory
+from .wal import WalFile
 from .waldump import WalScanner
 
 ARCHIVE_AFTER = ("off", "same", "none-until-promoted")
@@ -64,6 +68,8 @@ class Request:
     keep_unaccepted: bool = True
     archive_after: str = "none-until-promoted"
     verify: bool = True
+    # Path of the file with age identities that open what is encrypted, empty for none.
+    identity: str = ""
 
     def __post_init__(self) -> None:
         # The roles always say where the configuration is; in the data directory it comes with the backup.
@@ -120,7 +126,7 @@ class Restore:
         """Decide without touching anything. Raises RefusedError with every reason that can be known now."""
         target = self._target()
         try:
-            folder = ClusterFolder.open(self._request.repository, self._request.cluster)
+            folder = ClusterFolder.open(self._request.repository, self._request.cluster, {"identity": self._request.identity})
         except PitrError as error:
             raise RefusedError([*self._refusals, Refusal("repository", error.message)]) from None
         self._folder = folder
@@ -134,8 +140,11 @@ class Restore:
                 location, last_commit = self._locate(target, backups, index, damaged)
                 result = plan(backups, index, target, self._request.backup, damaged, location, last_commit)
                 self._check_host(result)
+                self._check_keys(result, index)
             except RefusedError as error:
                 self._refusals += error.refusals
+            except LockedError as error:
+                self._refuse(error.code, error.message, self._whose(error.detail.get("recipients")))
         if self._refusals or result is None:
             raise RefusedError(self._refusals)
         pg_wal = os.path.join(self._request.pgdata, "pg_wal")
@@ -288,6 +297,51 @@ class Restore:
         if request.config_dir and not os.path.exists(os.path.join(request.config_dir, "postgresql.conf")):
             self._refuse("config_dir", f"{request.config_dir} holds no postgresql.conf.")
 
+    def _check_keys(self, result: RestorePlan, index: ArchiveIndex) -> None:
+        """Can everything that is needed be decrypted here?
+
+        Tried on the backup's manifest, and on one segment of each set of recipients among those that are needed.
+        """
+        tree = self._folder.tree
+        if tree.identity:
+            self._try("backup_damaged", lambda: check_identity(tree.identity))
+            if f"{os.path.realpath(tree.identity)}/".startswith(f"{os.path.realpath(self._request.pgdata)}/"):
+                message = f"The identity file {tree.identity} lies in the data directory, which is moved aside."
+                self._refuse("identity_unusable", message, "Keep it elsewhere.")
+        if self._refusals:
+            return
+        if result.backup.encryption:
+            stored = os.path.join(self._folder.backups_path, result.backup.label)
+            self._try(
+                "backup_damaged",
+                lambda: try_identity(tree, extract.check_manifest(result.backup, stored, tree)),
+                result.backup.encryption,
+            )
+        chapter = self._folder.require(result.backup.system_identifier)
+        tried = set()
+        for name in segment_names(result, index):
+            path = self._folder.wal_path(WalFile.parse(name), chapter)
+            header = read_header(tree, path)
+            if header is not None and header.recipients not in tried:
+                tried.add(header.recipients)
+                self._try("archive_damaged", partial(try_identity, tree, path), header.recipients)
+
+    def _try(self, code: str, action: Callable[[], None], recipients: str = "") -> None:
+        """Refuse with the reason of what fails, or with ``code`` when no key is to blame."""
+        try:
+            action()
+        except LockedError as error:
+            self._refuse(error.code, error.message, self._whose(recipients))
+        except PitrError as error:
+            self._refuse(code, error.message)
+
+    def _whose(self, identifier: object) -> str:
+        """Who the recipients with this id are, where cluster.json remembers them."""
+        for recipients in (self._folder.recipients, *self._folder.former_recipients):
+            if identifier and identifier == recipients_id(recipients):
+                return f"The identity (path) of one of these is needed: {', '.join(recipients)}."
+        return ""
+
     def locations(self, result: RestorePlan) -> dict[int, str]:
         """Where each tablespace of the planned backup goes."""
         mapping = self._request.tablespace_mapping
@@ -377,7 +431,10 @@ class Restore:
     def _settings(self, result: RestorePlan) -> dict[str, str]:
         """The content of the include file."""
         request = self._request
-        fetch = [request.wal_command, "get", f"--system-identifier={result.backup.system_identifier}", request.cluster]
+        fetch = [request.wal_command, "get", f"--system-identifier={result.backup.system_identifier}"]
+        if request.identity:
+            fetch.append(f"--identity={request.identity}")
+        fetch.append(request.cluster)
         settings = {
             **result.target.settings(result.timeline),
             "restore_command": shell_command(fetch, ["%f", "%p"]),
