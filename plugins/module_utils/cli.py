@@ -20,13 +20,17 @@ from .errors import PitrError
 
 ABSENT = 79
 FAILED = 1
-USAGE = "usage: pitr-wal push CLUSTER PATH | pitr-wal get [--system-identifier=N] CLUSTER NAME TARGET"
+USAGE = (
+    "usage: pitr-wal push CLUSTER PATH | pitr-wal get [--system-identifier=N] CLUSTER NAME TARGET"
+    " | pitr-wal receive CLUSTER"
+)
 
 LAUNCHER = """\
 #!/bin/sh
 # pitr-wal: {version}
 # PostgreSQL reads exit 1 from restore_command as "end of archive", and hides an archive_command that ends above 125.
 # So only a proven absence leaves here as 1 for get (79 inside), and every failure of push stays within 1 to 125.
+if [ "$1" = receive ]; then exec {python} -I -S {library} {folder} "$@" < /dev/null; fi
 {python} -I -S {library} {folder} "$@" < /dev/null
 status=$?
 case "$1:$status" in
@@ -66,6 +70,12 @@ def main(argv: list[str]) -> int:
                 "pitr-wal hold: this cluster was restored and is not accepted yet; its WAL is kept here.\n"
             )
             return FAILED
+        if verb == "receive" and len(arguments) == 1:
+            from . import receiver
+
+            settings = configuration(folder, arguments[0])
+            compression = settings.get("compression", "auto")
+            return receiver.main(folder, arguments[0], settings["repository"], compression)
         identifier = None
         if verb == "get" and arguments and arguments[0].startswith("--system-identifier="):
             identifier = arguments.pop(0).partition("=")[2]
