@@ -30,8 +30,9 @@ LAUNCHER = """\
 # pitr-wal: {version}
 # PostgreSQL reads exit 1 from restore_command as "end of archive", and hides an archive_command that ends above 125.
 # So only a proven absence leaves here as 1 for get (79 inside), and every failure of push stays within 1 to 125.
-if [ "$1" = receive ]; then exec {python} -I -S {library} {folder} "$@" < /dev/null; fi
-{python} -I -S {library} {folder} "$@" < /dev/null
+# receive runs for as long as the host does, and a signal has to reach it.
+if [ "$1" = receive ]; then run=exec; else run=; fi
+$run {python} -I -S {library} {folder} "$@" < /dev/null
 status=$?
 case "$1:$status" in
   *:0) exit 0 ;;

@@ -27,7 +27,7 @@ from typing import Any
 
 from . import archive, codec
 from .errors import PitrError
-from .repository import Chapter, ClusterFolder, temporary_name
+from .repository import Chapter, ClusterFolder
 from .spool import (
     LEFT,
     SPOOL,
@@ -43,7 +43,7 @@ from .spool import (
     written,
 )
 from .timeline import Span, Switch, ancestry, parse_history
-from .tree import fsync_directory, make_directory
+from .tree import fsync_directory, make_directory, temporary_name
 from .wal import Lsn, SegmentHeader, WalFile, history_name, segment_name
 
 # Seconds.

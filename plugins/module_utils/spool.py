@@ -13,6 +13,7 @@ a server gives out). On the path of ``pitr-wal``.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from .errors import PitrError
@@ -140,7 +141,7 @@ def written(read: Callable[[int, int], bytes], name: str, segment_size: int) -> 
 
     def is_there(page: int) -> bool:
         head = read(16, page * size)
-        return len(head) == 16 and int.from_bytes(head[8:16], _ORDER) == begin + page * size
+        return len(head) == 16 and int.from_bytes(head[8:16], sys.byteorder) == begin + page * size
 
     low, high = 0, segment_size // size
     while high - low > 1:
@@ -148,9 +149,6 @@ def written(read: Callable[[int, int], bytes], name: str, segment_size: int) -> 
         low, high = (middle, high) if is_there(middle) else (low, middle)
     content = read(size, low * size).rstrip(b"\0")
     return Lsn(begin + low * size + len(content))
-
-
-_ORDER = "little" if memoryview(b"\1\0").cast("H")[0] == 1 else "big"
 
 
 def seed_name(start: Start, segment_size: int) -> str:

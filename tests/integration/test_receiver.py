@@ -16,8 +16,8 @@ from ansible_collections.pgdrill.pitr.tests.integration.support import Restored,
 Restore = Callable[..., Restored]
 MakeSandbox = Callable[..., Sandbox]
 MakeReceiver = Callable[..., Receiving]
-# No archive_command: everything that is in the archive came from the receiver.
-ALONE = {"archive_mode": "off"}
+# An archive_command that archives nothing: everything that is in the archive came from the receiver.
+ALONE = {"archive_command": "true"}
 
 
 @pytest.fixture
