@@ -23,6 +23,7 @@ FAILED = 1
 USAGE = (
     "usage: pitr-wal push CLUSTER PATH"
     " | pitr-wal get [--system-identifier=N] [--identity=PATH] CLUSTER NAME TARGET"
+    " | pitr-wal receive CLUSTER"
     " | pitr-wal serve --read|--write CLUSTER REPOSITORY"
 )
 
@@ -31,7 +32,11 @@ LAUNCHER = """\
 # pitr-wal: {version}
 # PostgreSQL reads exit 1 from restore_command as "end of archive", and hides an archive_command that ends above 125.
 # So only a proven absence leaves here as 1 for get (79 inside), and every failure of push stays within 1 to 125.
-if [ "$1" = serve ]; then exec {python} -I -S {library} {folder} "$@"; fi
+# serve speaks over its standard input; receive runs for as long as the host does, and a signal has to reach it.
+case "$1" in
+  serve) exec {python} -I -S {library} {folder} "$@" ;;
+  receive) exec {python} -I -S {library} {folder} "$@" < /dev/null ;;
+esac
 {python} -I -S {library} {folder} "$@" < /dev/null
 status=$?
 case "$1:$status" in
@@ -72,6 +77,12 @@ def main(argv: list[str]) -> int:
                 "pitr-wal hold: this cluster was restored and is not accepted yet; its WAL is kept here.\n"
             )
             return FAILED
+        if verb == "receive" and len(arguments) == 1:
+            from . import receiver
+
+            settings = configuration(folder, arguments[0])
+            compression = settings.get("compression", "auto")
+            return receiver.main(folder, arguments[0], settings["repository"], compression)
         options = {}
         while verb == "get" and arguments and arguments[0].startswith(("--system-identifier=", "--identity=")):
             name, _equals, value = arguments.pop(0).partition("=")

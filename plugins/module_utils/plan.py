@@ -65,7 +65,11 @@ class Location:
 
 @dataclass(frozen=True)
 class RestorePlan:
-    """What a restore would do. Segment numbers are inclusive; ``wal_bytes`` counts whole segments."""
+    """What a restore would do. Segment numbers are inclusive; ``wal_bytes`` counts whole segments.
+
+    ``from_receiver``: segments that come from a receiver's spool, because the archive does not have them yet;
+    ``at_least``: the start of the last record in them, which a recovery to the end has to come to.
+    """
 
     backup: Backup
     target: RecoveryTarget
@@ -77,6 +81,8 @@ class RestorePlan:
     wal_bytes: int
     end_lsn: Lsn
     notes: tuple[str, ...] = ()
+    from_receiver: tuple[str, ...] = ()
+    at_least: Lsn | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For a module's result."""
@@ -105,6 +111,8 @@ class RestorePlan:
             "wal_bytes": self.wal_bytes,
             "end_lsn": str(self.end_lsn),
             "backup_bytes": self.backup.database_bytes,
+            "from_receiver": list(self.from_receiver),
+            "at_least": str(self.at_least) if self.at_least is not None else None,
             "notes": list(self.notes),
         }
 

@@ -94,7 +94,7 @@ def contradiction(planned: Mapping[str, Any], reached: Reached) -> str:
         fits = reason == "reached consistency"
     else:
         fits = reason == "no recovery target specified"
-        begin = _last_segment(planned)
+        begin = Lsn.parse(str(planned["at_least"])) if planned.get("at_least") else _last_segment(planned)
         if fits and begin is not None and Lsn.parse(reached.lsn) <= begin:
             # PostgreSQL takes a damaged record for the end of WAL, and promotes.
             return f"the archive reaches beyond {begin}, but WAL could be read only up to {reached.lsn}"

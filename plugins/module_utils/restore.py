@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from . import extract, recovery_conf
+from . import extract, recovery_conf, tail
 from .backup import damaged_backups, stored_backups
 from .catalog import Backup
 from .crypt import LockedError, check_identity, read_header, recipients_id, try_identity
@@ -41,14 +41,19 @@ from .plan import (
     target_timeline,
 )
 from .postgres import binary, binary_version, control_data, data_version, run, running_pid, shell_command
+from .receiver import ACCEPTED
 from .repository import ClusterFolder, write_json
+from .tail import Tail
 from .target import RecoveryTarget
+from .timeline import Span
 from .tree import fsync_directory
-from .wal import WalFile
+from .wal import Lsn, WalFile
 from .waldump import WalScanner
 
 ARCHIVE_AFTER = ("off", "same", "none-until-promoted")
 IN_PROGRESS = "pitr-restoring.json"
+# Refusals that WAL beyond the archive's end may turn into a plan.
+_FOR_WANT_OF_WAL = ("target_beyond_archive", "target_not_in_archive", "timeline_not_archived", "archive_gap")
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Request:
     verify: bool = True
     # Path of the file with age identities that open what is encrypted, empty for none.
     identity: str = ""
+    use_partial: bool = False
 
     def __post_init__(self) -> None:
         # The roles always say where the configuration is; in the data directory it comes with the backup.
@@ -133,16 +139,19 @@ class Restore:
         self._check_directory(folder)
         backups = [b for b in stored_backups(folder) if b.system_identifier == folder.chapter.system_identifier]
         result = None
+        self._tail: Tail | None = None
         if target is not None:
             try:
                 index = scan(folder)
                 damaged = damaged_backups(folder, backups)
+                self._look_at_tail(target, backups, index)
                 location, last_commit = self._locate(target, backups, index, damaged)
                 result = plan(backups, index, target, self._request.backup, damaged, location, last_commit)
+                result = self._with_tail(result, index)
                 self._check_host(result)
                 self._check_keys(result, index)
             except RefusedError as error:
-                self._refusals += error.refusals
+                self._refusals += [self._hint(refusal, index) for refusal in error.refusals]
             except LockedError as error:
                 self._refuse(error.code, error.message, self._whose(error.detail.get("recipients")))
         if self._refusals or result is None:
@@ -235,7 +244,7 @@ class Restore:
         timeline = target_timeline(target, index.tree, backups, self._request.backup)
         related = candidates(backups, index.tree, timeline, self._request.backup)
         whole = sorted((b for b in related if b.label not in damaged), key=lambda b: b.stop_lsn, reverse=True)
-        scanner = WalScanner(self._folder, self._folder.chapter, index, self._request.bin_dir)
+        scanner = self._scanner(index)
         until: int | None = None
         for backup in whole:
             if target.time is not None and backup.stopped_at > target.time:
@@ -260,6 +269,98 @@ class Restore:
                 return found, None
             until = backup.stop_lsn.segment_number(index.segment_size)
         return None, None
+
+    def _scanner(self, index: ArchiveIndex) -> WalScanner:
+        return WalScanner(self._folder, self._folder.chapter, index, self._request.bin_dir, self._tail)
+
+    def _look_at_tail(self, target: RecoveryTarget, backups: list[Any], index: ArchiveIndex) -> None:
+        """What a receiver has beyond the archive's end; with ``use_partial`` it counts as archived from here on."""
+        if not backups or target.kind == "immediate":
+            return
+        timeline = target_timeline(target, index.tree, backups, self._request.backup)
+        self._tail = tail.look(self._folder, self._folder.chapter, index, timeline)
+        if self._request.use_partial:
+            self._add_tail(index)
+
+    def _add_tail(self, index: ArchiveIndex) -> None:
+        for name in self._tail.names if self._tail else ():
+            wal_file = WalFile.parse(name)
+            index.add(wal_file.timeline, wal_file.number(index.segment_size))
+
+    def _tail_reach(self, index: ArchiveIndex, local: str = "") -> Lsn | None:
+        """Start of the last whole record in the receiver's segments, which are in ``index``."""
+        if self._tail is None or not self._tail.names:
+            return None
+        size = index.segment_size
+        first, last = (WalFile.parse(self._tail.names[at]).number(size) for at in (0, -1))
+        span = Span(self._tail.timeline, Lsn(first * size), None)
+        record = self._scanner(index).last_record([span], last, local)
+        return record.lsn if record is not None else None
+
+    def _with_tail(self, result: RestorePlan, index: ArchiveIndex) -> RestorePlan:
+        """Say what comes from the receiver, or what could."""
+        found = self._tail
+        if found is None:
+            return result
+        notes = [f"the receiver's spool: {found.problem}"] if found.problem else []
+        if found.names and not self._request.use_partial and result.target.kind == "latest":
+            notes.append(self._offer(index))
+        size = index.segment_size
+        last = WalFile.parse(result.last_segment).number(size)
+        used = tuple(name for name in found.names if WalFile.parse(name).number(size) <= last)
+        if not self._request.use_partial or not used or result.timeline != found.timeline:
+            return replace(result, notes=(*result.notes, *notes))
+        reach = self._tail_reach(index)
+        lsn = result.target.lsn
+        if lsn is not None and (reach is None or reach < lsn):
+            message = f"The target {result.target} lies after the last record that the receiver has."
+            nearest = f"That one begins at LSN {reach}." if reach is not None else "There is no whole record in it."
+            raise RefusedError([Refusal("target_beyond_archive", message, nearest)])
+        notes.append(
+            f"{', '.join(used)} from the receiver's spool, not archived yet; the last record there begins at LSN {reach}"
+        )
+        at_least = reach if result.target.kind == "latest" else None
+        return replace(result, notes=(*result.notes, *notes), from_receiver=used, at_least=at_least)
+
+    def _offer(self, index: ArchiveIndex) -> str:
+        """What ``use_partial`` would add. ``index`` is not used any more afterwards."""
+        self._add_tail(index)
+        names = self._tail.names if self._tail else ()
+        return (
+            f"the receiver's spool holds WAL that is not archived yet: {', '.join(names)}, its last record begins at LSN"
+            f" {self._tail_reach(index)}; use_partial (restore_use_partial) would replay it"
+        )
+
+    def _hint(self, refusal: Refusal, index: ArchiveIndex) -> Refusal:
+        """A refusal that may be due to WAL which only the receiver has says so."""
+        offered = self._tail is not None and self._tail.names and not self._request.use_partial
+        if not offered or refusal.code not in _FOR_WANT_OF_WAL:
+            return refusal
+        names = ", ".join(self._tail.names) if self._tail else ""
+        hint = f"The receiver's spool has {names}, not archived yet; use_partial (restore_use_partial) would replay it."
+        return replace(refusal, nearest=f"{refusal.nearest} {hint}".strip())
+
+    def _bring_tail(self, result: RestorePlan) -> None:
+        """Copy what the receiver has into pg_wal, and look again how far it reaches."""
+        if not result.from_receiver or self._tail is None:
+            return
+        pg_wal = os.path.join(self._request.pgdata, "pg_wal")
+        os.makedirs(pg_wal, mode=0o700, exist_ok=True)
+        chapter = self._folder.chapter
+        for name in result.from_receiver:
+            tail.copy(self._folder, chapter, self._tail, name, os.path.join(pg_wal, name))
+        index = scan(self._folder)
+        for name in result.from_receiver:
+            wal_file = WalFile.parse(name)
+            number = wal_file.number(index.segment_size)
+            if not index.has(wal_file.timeline, number):
+                index.add(wal_file.timeline, number)
+        reach = self._tail_reach(index, pg_wal)
+        if result.at_least is not None and (reach is None or reach < result.at_least):
+            raise PitrError(
+                f"The receiver's segments have changed since the plan was made: {', '.join(result.from_receiver)} had a"
+                f" record at LSN {result.at_least}, and reach to {reach} now. Plan again."
+            )
 
     def _check_host(self, result: RestorePlan) -> None:
         """Can this host run what would be restored?"""
@@ -365,6 +466,7 @@ class Restore:
             if self._request.verify:
                 extract.verify(result.backup, stored, pgdata, self._request.bin_dir, self._folder.tree)
             extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, locations)
+            self._bring_tail(result)
             recovery_conf.write(
                 self._request.configuration,
                 pgdata,
@@ -442,6 +544,11 @@ class Restore:
             # Where a recovery is paused or shut down is told by the log alone, and it must be understood.
             "lc_messages": "C",
         }
+        if request.archive_after != "same":
+            # Receivers keep away (receiver.py), so that nothing of an unaccepted cluster enters the archive; and no
+            # commit waits for them.
+            settings[ACCEPTED] = "off"
+            settings["synchronous_standby_names"] = ""
         if request.archive_after == "off":
             settings["archive_mode"] = "off"
         elif request.archive_after == "none-until-promoted":
