@@ -58,8 +58,8 @@ probe() {
 dump() {
   sql -d postgres -c "SELECT name, setting FROM pg_file_settings WHERE name !~ '^(archive_|restore_command|recovery_)'
     ORDER BY name, seqno" -c 'SELECT type, database, user_name, address, auth_method FROM pg_hba_file_rules
-    ORDER BY line_number' > "$1"
-  pg_dumpall --quote-all-identifiers "${restrict[@]}" >> "$1"
+    ORDER BY line_number'
+  pg_dumpall --quote-all-identifiers "${restrict[@]}"
 }
 
 phase 'set up'
@@ -117,7 +117,9 @@ pgbench -n -c "$clients" -j "$jobs" -t "$transactions" pgdrill >> "$home/pgbench
 sql -d pgdrill -c "UPDATE status SET phase = 'end'"
 
 phase 'truth dump'
-dump "$home/truth.sql"
+# It holds everything that the cluster does, and is to outlive it.
+(umask 077 && dump | $pack > "$home/truth.sql$suffix")
+sync "$home/truth.sql$suffix"
 
 phase 'last segment'
 probe
@@ -147,9 +149,8 @@ wait_for promoted
 [[ $(tail -n 1 "$PGDATA/pg_wal/00000002.history") == *'no recovery target specified' ]] || die 'not the end of the archive'
 
 phase 'second dump, comparison'
-dump "$home/restored.sql"
-[ -s "$home/truth.sql" ] && cmp "$home/truth.sql" "$home/restored.sql"
-rm "$home/truth.sql" "$home/restored.sql"
+dump | cmp - <($unpack "$home/truth.sql$suffix")
+rm "$home/truth.sql$suffix"
 
 phase 'status row, pg_amcheck'
 [ "$(sql -d pgdrill -c 'SELECT phase FROM status')" = end ] || die 'the status row is not the last one'
