@@ -78,7 +78,7 @@ class Probe:
             if time.monotonic() - started > self._timeout:
                 raise PitrError(self._failure(connection, name))
             time.sleep(pause)
-            pause = min(pause * 1.5, 0.5)
+            pause = min(pause * 1.2, 0.5)
         compared = self._compare(stored, os.path.join(data_directory, "pg_wal", name))
         return Archived(name, switch, round(time.monotonic() - started, 3), compared)
 

@@ -109,16 +109,18 @@ class _Marker:
         self._left = {"moved_aside": moved_aside, "locations": sorted(locations.values())}
         self._total = backup.database_bytes
         self._done = 0
-        self._written_at = 0.0
-        self.add(0)
+        self.write()
 
     def add(self, count: int) -> None:
         """Count bytes; write the sum down once a second."""
         self._done += count
-        now = time.monotonic()
-        if now - self._written_at >= 1 or not count:
-            write_json(self._path, {**self._facts, **self._left, "bytes": self._done, "total_bytes": self._total})
-            self._written_at = now
+        if time.monotonic() - self._written_at >= 1:
+            self.write()
+
+    def write(self) -> None:
+        """Write the marker anew, on stable storage."""
+        write_json(self._path, {**self._facts, **self._left, "bytes": self._done, "total_bytes": self._total})
+        self._written_at = time.monotonic()
 
 
 class Restore:
@@ -517,7 +519,7 @@ class Restore:
         if progress is not None:
             # A kill from here on leaves a directory that the next try recognises.
             with contextlib.suppress(OSError):
-                progress.add(0)
+                progress.write()
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(pgdata, extract.PG_CONTROL))
         for location in locations.values():
