@@ -54,6 +54,8 @@ class ActionModule(ActionBase):
             "changed": True,
             "verdict": document["verdict"],
             "failures": document["failures"],
+            # What Ansible shows when the task is failed for its verdict.
+            "msg": " ".join(document["failures"]),
             "paths": paths,
             "summary": lines,
             "seconds": (finished_at - started_at).total_seconds(),

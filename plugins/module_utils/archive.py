@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable, Mapping, Sequence
 
 from . import codec
 from .errors import PitrError
@@ -40,11 +41,13 @@ class _Hole(PitrError):
         self.later = later
 
 
-def check_segment(data: bytes, wal_file: WalFile, chapter: Chapter, where: str, history: str | None) -> None:
+def check_segment(
+    data: bytes, wal_file: WalFile, chapter: Chapter, where: str, find_history: Callable[[], str | None]
+) -> None:
     """Compare a segment's first page with its name and with the archive's cluster. Raises PitrError when they disagree.
 
-    ``history``: text of the history file of the segment's timeline, or None. The first segment of a timeline begins
-    as a copy of its parent's segment (XLogInitNewTimeline), so its first page may carry the parent's number.
+    ``find_history``: looks for the text of the history file of the segment's timeline. The first segment of a timeline
+    begins as a copy of its parent's segment (XLogInitNewTimeline), so its first page may carry the parent's number.
     """
     try:
         header = SegmentHeader(data)
@@ -64,6 +67,7 @@ def check_segment(data: bytes, wal_file: WalFile, chapter: Chapter, where: str, 
         raise PitrError(f"{where} holds WAL from {header.page_address}, which is not what its name says. Refused.")
     if header.timeline == wal_file.timeline:
         return
+    history = find_history()
     if history is not None:
         *ancestors, own = ancestry(wal_file.timeline, parse_history(wal_file.timeline, history))
         begin = header.page_address
@@ -87,7 +91,14 @@ def _history_text(wal_file: WalFile, folder: ClusterFolder, chapter: Chapter, pg
     return None
 
 
-def _same_content(stored: str, tree: Tree, source: int) -> bool:
+def same_content(stored: str, tree: Tree, source: int) -> bool:
+    """Whether a stored file has the content of this open one. Raises PitrError when it is damaged."""
+    if codec.is_encrypted(stored, tree):
+        from .crypt import content_digest, verify_stored
+
+        # This host cannot decrypt it. Its first line tells the content, and that what follows is whole.
+        header = verify_stored(tree, stored)
+        return (header.content, header.size) == content_digest(source)
     os.lseek(source, 0, os.SEEK_SET)
     with codec.open_reader(stored, tree) as reader:
         while True:
@@ -109,14 +120,15 @@ def _content_size(stored: str, tree: Tree) -> int:
 
 def _already_stored(stored: str, tree: Tree, source: int, path: str) -> str:
     try:
-        same = _same_content(stored, tree, source)
+        same = same_content(stored, tree, source)
     except PitrError as error:
         raise PitrError(f"{path} was not archived: the archive already has it, but {error.message}") from None
     except OSError as error:
         error.filename = error.filename or stored
         raise
     if not same:
-        held, own = _content_size(stored, tree), os.fstat(source).st_size
+        own = os.fstat(source).st_size
+        held = own if codec.is_encrypted(stored, tree) else _content_size(stored, tree)
         if held != own and WalFile.parse(os.path.basename(path)).kind in ("segment", "partial"):
             raise PitrError(
                 f"{path} was not archived: the archive already has it, but {stored} is damaged: it holds {held} bytes"
@@ -131,13 +143,16 @@ def _already_stored(stored: str, tree: Tree, source: int, path: str) -> str:
     return f"{os.path.basename(path)} was already in the archive, with the same content"
 
 
-def push(path: str, repository: str, cluster: str, compression: str = "auto") -> str:
+def push(
+    path: str, repository: str, cluster: str, compression: str = "auto", access: Mapping[str, str] | None = None
+) -> str:
     """Archive one file of pg_wal. Returns what was done; returning means it is on stable storage.
 
     Pushing the same file again succeeds and changes nothing. Raises PitrError or OSError when it is not archived.
     """
     wal_file = WalFile.parse(os.path.basename(path))
-    folder = ClusterFolder.open(repository, cluster)
+    pg_wal = os.path.dirname(path) or "."
+    folder = ClusterFolder.open(repository, cluster, access)
     chapter = folder.chapter
     try:
         source = os.open(path, os.O_RDONLY)
@@ -150,27 +165,40 @@ def push(path: str, repository: str, cluster: str, compression: str = "auto") ->
                 raise PitrError(
                     f"{path} has {size} bytes, a segment of this cluster {chapter.wal_segment_size}. Refused."
                 )
-            history = _history_text(wal_file, folder, chapter, os.path.dirname(path) or ".")
-            check_segment(os.pread(source, SegmentHeader.SIZE, 0), wal_file, chapter, path, history)
+            head = os.pread(source, SegmentHeader.SIZE, 0)
+            check_segment(head, wal_file, chapter, path, lambda: _history_text(wal_file, folder, chapter, pg_wal))
         stored = folder.wal_path(wal_file, chapter)
         if folder.tree.exists(stored):
             return _already_stored(stored, folder.tree, source, path)
-        kept_as = compression if wal_file.kind in ("segment", "partial") else "none"
-        return _store(source, path, stored, folder.tree, kept_as)
+        # Timelines must be known to hosts that have no key: what there is, and what to keep, depends on them.
+        recipients = () if wal_file.kind == "history" else folder.recipients
+        return _store(source, path, stored, folder.tree, kept_as(wal_file, compression), recipients)
     finally:
         os.close(source)
 
 
-def _store(source: int, path: str, stored: str, tree: Tree, compression: str) -> str:
+def kept_as(wal_file: WalFile, compression: str) -> tuple[str, int]:
+    """Codec and level for a file of the archive.
+
+    Everything has a checksum of its content. So what is not compressed is put into a gzip file all the same, and so
+    are the small files, which must stay readable on any host.
+    """
+    name, level = codec.parse(compression) if wal_file.kind in ("segment", "partial") else ("none", 0)
+    return ("gzip", 0) if name == "none" else (name, level)
+
+
+def _store(
+    source: int, path: str, stored: str, tree: Tree, kept: tuple[str, int], recipients: Sequence[str] = ()
+) -> str:
     """Temporary file, write, fsync, link without replacing, fsync of the directory."""
+    before = os.fstat(source)
     try:
-        with tree.adding(stored) as temporary, codec.open_writer(temporary, compression) as writer:
+        with tree.adding(stored) as temporary:
             os.lseek(source, 0, os.SEEK_SET)
-            while True:
-                data = os.read(source, codec.CHUNK)
-                if not data:
-                    break
-                writer.write(data)
+            codec.store(source, temporary, kept, before.st_size, recipients)
+            after = os.fstat(source)
+            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                raise PitrError(f"{path} was changed while it was read. It was not archived; nothing was changed.")
     except FileExistsError:
         return _already_stored(stored, tree, source, path)
     except OSError as error:
@@ -182,14 +210,21 @@ def _store(source: int, path: str, stored: str, tree: Tree, compression: str) ->
     return f"{os.path.basename(path)} archived"
 
 
-def get(name: str, target: str, repository: str, cluster: str, system_identifier: str | None = None) -> None:
+def get(
+    name: str,
+    target: str,
+    repository: str,
+    cluster: str,
+    system_identifier: str | None = None,
+    access: Mapping[str, str] | None = None,
+) -> None:
     """Fetch one file of the archive to ``target`` (PostgreSQL's %p), whole and checked, or not at all.
 
-    ``system_identifier`` selects the chapter; without it, the newest. Raises Absent when the file is proven not to be
-    there, PitrError or OSError for everything else.
+    ``system_identifier`` selects the chapter; without it, the newest. ``identity``: path of the file with the keys to
+    what is encrypted. Raises Absent when the file is proven not to be there, PitrError or OSError for everything else.
     """
     wal_file = WalFile.parse(name)
-    folder = ClusterFolder.open(repository, cluster)
+    folder = ClusterFolder.open(repository, cluster, access)
     chapter = folder.require(system_identifier) if system_identifier else folder.chapter
     archive = folder.archive_path(chapter)
     if not folder.tree.exists(archive):
@@ -202,8 +237,7 @@ def get(name: str, target: str, repository: str, cluster: str, system_identifier
     came = False
     while True:
         try:
-            with codec.open_reader(stored, folder.tree) as reader:
-                _deliver(reader, wal_file, chapter, folder, stored, temporary)
+            fetch(wal_file, chapter, folder, temporary, os.path.dirname(target) or ".")
             break
         except FileNotFoundError:
             if folder.tree.exists(stored):
@@ -224,34 +258,32 @@ def get(name: str, target: str, repository: str, cluster: str, system_identifier
     os.rename(temporary, target)
 
 
-def _deliver(
-    reader: codec.Reader, wal_file: WalFile, chapter: Chapter, folder: ClusterFolder, stored: str, temporary: str
-) -> None:
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    size = 0
-    head = b""
+def fetch(wal_file: WalFile, chapter: Chapter, folder: ClusterFolder, target: str, pg_wal: str) -> None:
+    """Create ``target`` (must not exist) with the content of one file of the archive, checked.
+
+    ``pg_wal``: where the server keeps its history files. Raises FileNotFoundError when the stored file or the target's
+    directory is not there, PitrError or OSError for everything else; then there is no target.
+    """
+    stored = folder.wal_path(wal_file, chapter)
+    descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        while True:
-            data = reader.read(codec.CHUNK)
-            if not data:
-                break
-            head = head or data
-            os.write(descriptor, data)
-            size += len(data)
+        codec.extract(stored, descriptor, target, folder.tree)
+        size = os.fstat(descriptor).st_size
         if wal_file.kind in ("segment", "partial"):
             if size != chapter.wal_segment_size:
                 raise PitrError(f"{stored} is damaged: it holds {size} bytes instead of {chapter.wal_segment_size}.")
-            history = _history_text(wal_file, folder, chapter, os.path.dirname(temporary) or ".")
-            check_segment(head, wal_file, chapter, stored, history)
+            head = os.pread(descriptor, SegmentHeader.SIZE, 0)
+            check_segment(head, wal_file, chapter, stored, lambda: _history_text(wal_file, folder, chapter, pg_wal))
         elif wal_file.kind == "history":
-            parse_history(wal_file.timeline, head.decode(errors="replace"))
-        if os.fstat(descriptor).st_size != size:
-            raise PitrError(f"{temporary} could not be written whole. Is the filesystem full?")
+            text = os.pread(descriptor, size, 0)
+            parse_history(wal_file.timeline, text.decode(errors="replace"))
+        elif not os.pread(descriptor, 20, 0).startswith(b"START WAL LOCATION: "):
+            raise PitrError(f"{stored} is damaged: it is not what PostgreSQL writes about a backup.")
     except BaseException as error:
         if isinstance(error, OSError):
-            error.filename = error.filename or f"{stored} to {temporary}"
+            error.filename = error.filename or f"{stored} to {target}"
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            os.unlink(target)
         raise
     finally:
         os.close(descriptor)

@@ -21,10 +21,10 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import codec
+from . import codec, crypt
 from .catalog import Backup, StoredFile, Tablespace
 from .errors import PitrError
 from .index import scan
@@ -182,6 +182,8 @@ class BaseBackup:
         )[0]
         names = ("system_identifier", "version", "archive_mode", "wal_segment_size", "compressions", "standby", "now")
         facts = dict(zip(names, row))
+        if self._folder.recipients:
+            crypt.encrypt_argv(self._folder.recipients)
         chapter = self._folder.require(facts["system_identifier"])
         if chapter is not self._folder.chapter:
             raise PitrError(
@@ -210,6 +212,8 @@ class BaseBackup:
         with contextlib.closing(self._login.connect()) as connection:
             facts = self.check(connection)
             started_at: datetime.datetime = facts["now"]
+            if self._folder.recipients:
+                sweep(self._folder)
             label, partial, lock = self._claim(started_at)
             final = os.path.join(self._folder.backups_path, label)
             try:
@@ -217,7 +221,7 @@ class BaseBackup:
                 stopped_at, next_xid = query(
                     connection, "SELECT clock_timestamp(), pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
                 )[0]
-                backup = self._describe(partial, label, facts, started_at, stopped_at, next_xid)
+                backup = self._describe(partial, label, facts, started_at, stopped_at, next_xid, lock)
                 self._await_wal(backup)
                 self._keep_history(backup.timeline)
                 write_json(os.path.join(partial, BACKUP_FILE), backup.to_dict())
@@ -328,6 +332,7 @@ class BaseBackup:
         started_at: datetime.datetime,
         stopped_at: datetime.datetime,
         next_xid: int,
+        lock: int,
     ) -> Backup:
         timeline, start, stop, file_count, total = manifest_facts(os.path.join(directory, MANIFEST))
         names = sorted(os.listdir(directory))
@@ -337,6 +342,10 @@ class BaseBackup:
         verified = "no"
         if self._verify:
             verified = self._check_content(directory, names, file_count, total)
+        tablespaces = _tablespaces(os.path.join(directory, base[0]))
+        recipients = self._folder.recipients
+        if recipients:
+            names = [_encrypt(directory, name, recipients, lock) for name in names]
         return Backup(
             label=label,
             type="full",
@@ -355,8 +364,9 @@ class BaseBackup:
                 StoredFile(name, os.stat(path).st_size, sha256(path))
                 for name, path in ((name, os.path.join(directory, name)) for name in names)
             ),
-            tablespaces=_tablespaces(os.path.join(directory, base[0])),
+            tablespaces=tablespaces,
             next_xid=next_xid,
+            encryption=crypt.recipients_id(recipients),
         )
 
     def _check_content(self, directory: str, names: list[str], file_count: int, total: int) -> str:
@@ -454,6 +464,50 @@ def _lock(directory: str) -> int | None:
     for name in os.listdir(directory):
         os.unlink(os.path.join(directory, name))
     return descriptor
+
+
+def sweep(folder: ClusterFolder) -> list[str]:
+    """Remove what backups that were killed have left, and return it: it is not encrypted. Nobody holds a lock of it."""
+    removed = []
+    for name in sorted(os.listdir(folder.backups_path)):
+        path = os.path.join(folder.backups_path, name)
+        if not (name.startswith(".") and name.endswith(".partial")):
+            continue
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            # It has just been finished, or is not a directory of ours.
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                shutil.rmtree(path)
+                removed.append(path)
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        finally:
+            os.close(descriptor)
+    return removed
+
+
+def _encrypt(directory: str, name: str, recipients: Sequence[str], lock: int) -> str:
+    """Put an encrypted file in place of a plain one; returns its name. The lock is shared as with pg_basebackup."""
+    plain = os.path.join(directory, name)
+    with open(plain, "rb") as source, open(plain + crypt.SUFFIX, "xb") as target:
+        done = subprocess.run(
+            crypt.encrypt_argv(recipients),
+            stdin=source,
+            stdout=target,
+            stderr=subprocess.PIPE,
+            pass_fds=(lock,),
+            check=False,
+        )
+        if done.returncode != 0:
+            said = done.stderr.decode(errors="replace").strip()
+            raise PitrError(f"age could not encrypt {name}: {said} The backup was removed again.")
+        os.fsync(target.fileno())
+    os.unlink(plain)
+    return name + crypt.SUFFIX
 
 
 def _tablespaces(base_tar: str) -> tuple[Tablespace, ...]:

@@ -15,6 +15,8 @@ from .errors import PitrError
 from .wal import Lsn
 
 FORMAT = 1
+# An older version would take the encrypted files for damaged ones.
+FORMAT_ENCRYPTED = 2
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Backup:
     tablespaces: tuple[Tablespace, ...] = ()
     # 64-bit id of the next transaction when the backup had ended: later ones are certainly not in it.
     next_xid: int | None = None
+    # Id of the recipients that its files are encrypted to (crypt.recipients_id), empty when they are not.
+    encryption: str = ""
 
     @property
     def stored_bytes(self) -> int:
@@ -73,7 +77,7 @@ class Backup:
         """As stored, and as modules return it: LSNs and times as text."""
         result = asdict(self)
         result.update(
-            format=FORMAT,
+            format=FORMAT_ENCRYPTED if self.encryption else FORMAT,
             start_lsn=str(self.start_lsn),
             stop_lsn=str(self.stop_lsn),
             started_at=self.started_at.isoformat(),
@@ -106,6 +110,7 @@ class Backup:
                 files=tuple(StoredFile(file["name"], file["size"], file["sha256"]) for file in value["files"]),
                 tablespaces=tuple(Tablespace(item["oid"], item["location"]) for item in value["tablespaces"]),
                 next_xid=value.get("next_xid"),
+                encryption=value.get("encryption", ""),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PitrError(f"a backup's description is damaged: {type(error).__name__} {error}") from None

@@ -20,13 +20,23 @@ from .errors import PitrError
 
 ABSENT = 79
 FAILED = 1
-USAGE = "usage: pitr-wal push CLUSTER PATH | pitr-wal get [--system-identifier=N] CLUSTER NAME TARGET"
+USAGE = (
+    "usage: pitr-wal push CLUSTER PATH"
+    " | pitr-wal get [--system-identifier=N] [--identity=PATH] CLUSTER NAME TARGET"
+    " | pitr-wal receive CLUSTER"
+    " | pitr-wal serve --read|--write CLUSTER REPOSITORY"
+)
 
 LAUNCHER = """\
 #!/bin/sh
 # pitr-wal: {version}
 # PostgreSQL reads exit 1 from restore_command as "end of archive", and hides an archive_command that ends above 125.
 # So only a proven absence leaves here as 1 for get (79 inside), and every failure of push stays within 1 to 125.
+# serve speaks over its standard input; receive runs for as long as the host does, and a signal has to reach it.
+case "$1" in
+  serve) exec {python} -I -S {library} {folder} "$@" ;;
+  receive) exec {python} -I -S {library} {folder} "$@" < /dev/null ;;
+esac
 # The traps are for what ends this shell on the way: when there is no free process, dash ends with 2.
 case "$1" in get) trap 'exit 200' 0 ;; *) trap 'exit 125' 0 ;; esac
 {python} -I -S {library} {folder} "$@" < /dev/null
@@ -42,7 +52,7 @@ esac
 
 
 def configuration(folder: str, cluster: str) -> dict[str, str]:
-    """Read ``<folder>/<cluster>.json``: repository and compression. Raises PitrError when it is not usable."""
+    """Read ``<folder>/<cluster>.json``: repository, compression, how to reach and read it. Raises PitrError."""
     path = os.path.join(folder, f"{cluster}.json")
     try:
         with open(path, encoding="utf-8") as stream:
@@ -61,7 +71,8 @@ def main(argv: list[str]) -> int:
         folder, arguments = argv[0], argv[2:]
         if verb == "push" and len(arguments) == 2:
             settings = configuration(folder, arguments[0])
-            push(arguments[1], settings["repository"], arguments[0], settings.get("compression", "auto"))
+            access = {**settings, "ssh_identity": settings.get("ssh_writer_identity", ""), "identity": ""}
+            push(arguments[1], settings["repository"], arguments[0], settings.get("compression", "auto"), access)
             return 0
         if verb == "hold":
             # archive_command of a restored cluster that nobody has accepted yet: its WAL waits in pg_wal.
@@ -69,13 +80,27 @@ def main(argv: list[str]) -> int:
                 "pitr-wal hold: this cluster was restored and is not accepted yet; its WAL is kept here.\n"
             )
             return FAILED
-        identifier = None
-        if verb == "get" and arguments and arguments[0].startswith("--system-identifier="):
-            identifier = arguments.pop(0).partition("=")[2]
+        if verb == "receive" and len(arguments) == 1:
+            from . import receiver
+
+            settings = configuration(folder, arguments[0])
+            compression = settings.get("compression", "auto")
+            return receiver.main(folder, arguments[0], settings["repository"], compression)
+        options = {}
+        while verb == "get" and arguments and arguments[0].startswith(("--system-identifier=", "--identity=")):
+            name, _equals, value = arguments.pop(0).partition("=")
+            options[name] = value
         if verb == "get" and len(arguments) == 3:
             settings = configuration(folder, arguments[0])
-            get(arguments[1], arguments[2], settings["repository"], arguments[0], identifier)
+            access = {**settings, "ssh_identity": settings.get("ssh_reader_identity", "")}
+            access["identity"] = options.get("--identity") or settings.get("identity", "")
+            identifier = options.get("--system-identifier")
+            get(arguments[1], arguments[2], settings["repository"], arguments[0], identifier, access)
             return 0
+        if verb == "serve" and len(arguments) == 3 and arguments[0] in ("--read", "--write"):
+            from .serve import serve
+
+            return serve(arguments[0][2:], arguments[1], arguments[2])
         sys.stderr.write(USAGE + "\n")
         return FAILED
     except Absent:

@@ -19,10 +19,14 @@ import contextlib
 import os
 import signal
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from .errors import PitrError
 from .tree import LOCAL, Source, Tree
+
+if TYPE_CHECKING:
+    from .crypt import Seal
 
 CHUNK = 1024 * 1024
 NAMES = ("none", "gzip", "lz4", "zstd")
@@ -79,72 +83,138 @@ def detect(head: bytes) -> str:
     return "none"
 
 
+Stages = list[list[str]]  # argv of one process each; every one reads what the one before it writes
+
+
+def compressing(name: str, level: int, size: int = 0) -> Stages:
+    """The processes that compress with this codec; none where Python does it itself.
+
+    ``size`` (bytes) is that of the content, when it is known. It is written into the file's header.
+    """
+    if name == "zstd":
+        known = [f"--stream-size={size}"] if size else []
+        return [[_command(name), "-q", "-c", f"-{level}", *known]]
+    if name == "lz4":
+        return [[_command(name), "-q", "-c", f"-{level}"]]
+    return []
+
+
+def decompressing(name: str) -> Stages:
+    """The processes that give back the content of a file of this codec; none where Python does it itself."""
+    return [[_command(name), "-q", "-d", "-c"]] if name in ("zstd", "lz4") else []
+
+
+class Pipeline:
+    """Processes in a row: the first reads ``stdin``, the last writes ``stdout``. The caller closes both."""
+
+    def __init__(self, stages: Stages, stdin: int, stdout: int) -> None:
+        """Start all of them. The descriptors may be files, so that no content passes through Python."""
+        # After finish: whether it failed only because nobody took what it had to give.
+        self.cut_off = False
+        self._pids: list[int] = []
+        self._errors, errors = os.pipe()
+        source = stdin
+        try:
+            for number, argv in enumerate(stages, 1):
+                reader, target = (-1, stdout) if number == len(stages) else os.pipe()
+                self._pids.append(_spawn(argv, source, target, errors))
+                if source != stdin:
+                    os.close(source)
+                if target != stdout:
+                    os.close(target)
+                source = reader
+        except BaseException:
+            os.close(errors)
+            self.kill()
+            raise
+        os.close(errors)
+
+    def finish(self) -> str:
+        """Wait for all; return what they complained about, or the empty text when every one succeeded."""
+        with os.fdopen(self._errors, "rb") as stream:
+            said = stream.read(4000).decode(errors="replace").strip()
+        # What age adds to every error.
+        said = " ".join(line for line in said.splitlines() if not line.startswith("age: report "))
+        failed = 0
+        for pid in self._pids:
+            status = os.waitpid(pid, 0)[1]
+            # One that could not hand on what it had is no reason, but whoever did not take it.
+            if status and failed in (0, signal.SIGPIPE):
+                failed = status
+        self._pids = []
+        self.cut_off = failed == signal.SIGPIPE
+        if not failed:
+            return ""
+        return said or f"ended with wait status {failed}"
+
+    def kill(self) -> None:
+        """End them without caring for their output."""
+        for pid in self._pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.finish()
+
+
 def _spawn(argv: list[str], stdin: int, stdout: int, stderr: int) -> int:
     """Start a process with these file descriptors (all of ours are close-on-exec)."""
     actions = [(os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate((stdin, stdout, stderr))]
     return os.posix_spawn(argv[0], argv, os.environ, file_actions=actions, setsigdef=[signal.SIGPIPE])
 
 
-def _finish(pid: int, errors: int) -> str:
-    """Wait for a process; return what it complained about, or the empty text when it succeeded."""
-    with os.fdopen(errors, "rb") as stream:
-        said = stream.read(4000).decode(errors="replace").strip()
-    _pid, status = os.waitpid(pid, 0)
-    if status == 0:
-        return ""
-    return said.replace("\n", " ") or f"ended with wait status {status}"
-
-
 class Writer:
     """Compresses what is written into an open file descriptor. ``finish`` must succeed, or nothing was stored."""
 
-    def __init__(self, target: int, codec: str) -> None:
-        self._name, level = parse(codec)
+    def __init__(self, target: int, codec: str | tuple[str, int], after: Stages | None = None) -> None:
+        """``codec`` as text or as ``parse`` gives it; ``after``: processes behind the compression."""
+        self._name, level = parse(codec) if isinstance(codec, str) else codec
+        self._deflate = zlib.compressobj(level, zlib.DEFLATED, 31) if self._name == "gzip" else None
+        stages = [*compressing(self._name, level), *(after or [])]
+        self._pipeline: Pipeline | None = None
         self._target = target
-        self._pipe = -1
-        if self._name == "gzip":
-            self._deflate = zlib.compressobj(level, zlib.DEFLATED, 31)
-        elif self._name != "none":
-            source, self._pipe = os.pipe()
-            self._errors, errors = os.pipe()
-            argv = [_command(self._name), "-q", "-c", f"-{level}"]
-            self._pid = _spawn(argv, source, target, errors)
-            os.close(source)
-            os.close(errors)
+        if stages:
+            source, self._target = os.pipe()
+            try:
+                self._pipeline = Pipeline(stages, source, target)
+            except BaseException:
+                os.close(self._target)
+                raise
+            finally:
+                os.close(source)
 
     def write(self, data: bytes) -> int:
         """Take the next bytes. Raises OSError as a file would, and PitrError when the compressor has given up."""
-        if self._name == "gzip":
-            _write_all(self._target, self._deflate.compress(data))
-        elif self._pipe < 0:
-            _write_all(self._target, data)
-        else:
-            try:
-                _write_all(self._pipe, data)
-            except BrokenPipeError:
-                # "Broken pipe" tells nothing; the compressor has said that the disk is full.
-                self.finish()
-                raise
+        try:
+            _write_all(self._target, data if self._deflate is None else self._deflate.compress(data))
+        except BrokenPipeError:
+            # "Broken pipe" tells nothing; the compressor has said that the disk is full.
+            self._end()
+            raise
         return len(data)
 
     def finish(self) -> None:
         """Flush everything into the file. Raises PitrError when the compressor failed."""
-        if self._name == "gzip":
-            _write_all(self._target, self._deflate.flush())
-        elif self._pipe >= 0:
-            os.close(self._pipe)
-            self._pipe = -1
-            said = _finish(self._pid, self._errors)
+        if self._deflate is not None:
+            try:
+                _write_all(self._target, self._deflate.flush())
+            except BrokenPipeError:
+                self._end()
+                raise
+        self._end()
+
+    def _end(self) -> None:
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None:
+            os.close(self._target)
+            said = pipeline.finish()
             if said:
                 raise PitrError(f"{self._name} could not write: {said}.")
 
     def abort(self) -> None:
         """End the compressor without caring for its output."""
-        if self._pipe >= 0:
-            os.kill(self._pid, signal.SIGKILL)
-            os.close(self._pipe)
-            self._pipe = -1
-            _finish(self._pid, self._errors)
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None:
+            pipeline.kill()
+            os.close(self._target)
 
 
 def _write_all(target: int, data: bytes) -> None:
@@ -154,21 +224,12 @@ def _write_all(target: int, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def open_writer(path: str, codec: str) -> Iterator[Writer]:
-    """Create ``path`` (0600, must not exist), compress into it, and leave it on stable storage.
-
-    Raises FileExistsError, OSError, or PitrError; then the file is removed again.
-    """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+def _new_file(path: str) -> Iterator[int]:
+    """A descriptor for ``path`` (0600, must not exist); on stable storage afterwards, or removed again."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        writer = Writer(descriptor, codec)
-        try:
-            yield writer
-            writer.finish()
-            os.fsync(descriptor)
-        except BaseException:
-            writer.abort()
-            raise
+        yield descriptor
+        os.fsync(descriptor)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(path)
@@ -177,25 +238,100 @@ def open_writer(path: str, codec: str) -> Iterator[Writer]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def open_writer(path: str, codec: str | tuple[str, int]) -> Iterator[Writer]:
+    """Create ``path`` (0600, must not exist), compress into it, and leave it on stable storage.
+
+    Raises FileExistsError, OSError, or PitrError; then the file is removed again.
+    """
+    with _new_file(path) as descriptor:
+        writer = Writer(descriptor, codec)
+        try:
+            yield writer
+            writer.finish()
+        except BaseException:
+            writer.abort()
+            raise
+
+
+def store(source: int, path: str, codec: str | tuple[str, int], size: int, recipients: Sequence[str] = ()) -> None:
+    """Create ``path`` (0600, must not exist) with the content of an open file, and leave it on stable storage.
+
+    ``source`` stands at its beginning, and holds ``size`` bytes. Where the codec is a command, it reads the file
+    itself: no content passes through Python. With ``recipients`` it is encrypted to them (crypt.py). Raises
+    FileExistsError, OSError, or PitrError; then the file is removed again.
+    """
+    name, level = parse(codec) if isinstance(codec, str) else codec
+    stages = compressing(name, level, size)
+    seal = _seal(recipients)
+    with _new_file(path) as descriptor:
+        after = seal.begin(descriptor) if seal else []
+        if stages:
+            pipeline = Pipeline([*stages, *after], source, descriptor)
+            try:
+                if seal:
+                    # While the processes work.
+                    seal.read(source)
+            except BaseException:
+                pipeline.kill()
+                raise
+            said = pipeline.finish()
+            if said:
+                raise PitrError(f"{name} could not write: {said}.")
+        else:
+            _deflate(source, Writer(descriptor, (name, level), after))
+            if seal:
+                seal.read(source)
+        if seal:
+            seal.finish(descriptor)
+
+
+def _seal(recipients: Sequence[str]) -> Seal | None:
+    if not recipients:
+        return None
+    # What only encryption needs costs as much as a start of Python.
+    from .crypt import Seal
+
+    return Seal(recipients)
+
+
+def _deflate(source: int, writer: Writer) -> None:
+    try:
+        while True:
+            data = os.read(source, CHUNK)
+            if not data:
+                break
+            writer.write(data)
+        writer.finish()
+    except BaseException:
+        writer.abort()
+        raise
+
+
 class Reader:
     """The content of a stored file. The read that returns ``b""`` has checked the file's own checksum."""
 
     def __init__(self, source: Source) -> None:
         """The caller closes ``source``, after this."""
         self._file = source
+        self._proof = source.proof()
         self._source = source.descriptor
-        self._pid = 0
+        self._pipeline: Pipeline | None = None
         self.codec = detect(source.peek(8))
         self._buffer = b""
         if self.codec == "gzip":
             self._inflate = zlib.decompressobj(31)
             self._raw = b""
-        elif self.codec != "none":
+        stages = decompressing(self.codec)
+        if stages:
             self._source, target = os.pipe()
-            self._errors, errors = os.pipe()
-            self._pid = _spawn([_command(self.codec), "-q", "-d", "-c"], source.descriptor, target, errors)
-            os.close(target)
-            os.close(errors)
+            try:
+                self._pipeline = Pipeline(stages, source.descriptor, target)
+            except BaseException:
+                os.close(self._source)
+                raise
+            finally:
+                os.close(target)
 
     def _damaged(self, why: str) -> PitrError:
         """What to raise; when the transfer has failed, that is raised instead, for the file is not to blame."""
@@ -208,12 +344,11 @@ class Reader:
             return os.read(self._source, CHUNK)
         if self.codec == "gzip":
             return self._next_gzip()
-        data = os.read(self._source, CHUNK) if self._source >= 0 else b""
-        if not data and self._pid:
+        data = os.read(self._source, CHUNK) if self._pipeline else b""
+        if not data and self._pipeline:
             os.close(self._source)
-            self._source = -1
-            pid, self._pid = self._pid, 0
-            said = _finish(pid, self._errors)
+            pipeline, self._pipeline = self._pipeline, None
+            said = pipeline.finish()
             if said:
                 raise self._damaged(f"{self.codec} says: {said}")
         return data
@@ -245,7 +380,11 @@ class Reader:
             data = self._next()
             if not data:
                 self._file.check()
+                if self._proof is not None:
+                    self._proof.check()
                 break
+            if self._proof is not None:
+                self._proof.update(data)
             parts.append(data)
             length += len(data)
         whole = parts[0] if len(parts) == 1 else b"".join(parts)
@@ -257,21 +396,48 @@ class Reader:
 
     def close(self) -> None:
         """Let go, also in the middle of the content."""
-        if self._pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)
+        if self._pipeline:
             os.close(self._source)
-            pid, self._pid = self._pid, 0
-            _finish(pid, self._errors)
+            pipeline, self._pipeline = self._pipeline, None
+            pipeline.kill()
+
+
+def _encrypted(head: bytes) -> bool:
+    # As in crypt.py, which is not imported for every file.
+    return head.startswith((b"pitr-age ", b"age-encryption.org/"))
+
+
+def is_encrypted(path: str, tree: Tree = LOCAL) -> bool:
+    """Whether a stored file is encrypted, by its first bytes."""
+    source = tree.open(path)
+    try:
+        return _encrypted(source.peek(32))
+    finally:
+        source.close()
+
+
+def open_source(path: str, tree: Tree = LOCAL) -> Source:
+    """The stored bytes of a file; those inside of it when it is encrypted. Raises as open_reader does."""
+    source = tree.open(path)
+    try:
+        if _encrypted(source.peek(32)):
+            from .crypt import Decrypted
+
+            return Decrypted(source, tree.identity)
+        return source
+    except BaseException:
+        source.close()
+        raise
 
 
 @contextlib.contextmanager
 def open_reader(path: str, tree: Tree = LOCAL) -> Iterator[Reader]:
-    """Read the content of a stored file, whatever it is compressed with.
+    """Read the content of a stored file, whatever it is compressed with, and whether or not it is encrypted.
 
-    Raises OSError when it cannot be opened and PitrError, naming it, when it is damaged or truncated.
+    Raises OSError when it cannot be opened, PitrError, naming it, when it is damaged or truncated, and LockedError (of
+    crypt.py) when ``tree.identity`` does not open it.
     """
-    source = tree.open(path)
+    source = open_source(path, tree)
     try:
         reader = Reader(source)
         try:
@@ -280,3 +446,37 @@ def open_reader(path: str, tree: Tree = LOCAL) -> Iterator[Reader]:
             reader.close()
     finally:
         source.close()
+
+
+def extract(path: str, target: int, target_name: str, tree: Tree = LOCAL) -> None:
+    """Write the content of a stored file into an open, empty file, which errors call ``target_name``.
+
+    Where the codec is a command, it writes the file itself. Raises what ``open_reader`` and its reads raise, and
+    OSError when the target cannot be written.
+    """
+    source = open_source(path, tree)
+    try:
+        stages = decompressing(detect(source.peek(8)))
+        if stages and not Pipeline(stages, source.descriptor, target).finish():
+            source.check()
+            proof = source.proof()
+            if proof is not None:
+                proof.read(target)
+                proof.check()
+            return
+    finally:
+        source.close()
+    # Done here, or once more after a failure: only the one who both reads and writes can tell which of the files is
+    # to blame, and a full disk must not be taken for a damaged archive.
+    os.ftruncate(target, 0)
+    os.lseek(target, 0, os.SEEK_SET)
+    with open_reader(path, tree) as reader:
+        while True:
+            data = reader.read(CHUNK)
+            if not data:
+                return
+            try:
+                _write_all(target, data)
+            except OSError as error:
+                error.filename = target_name
+                raise

@@ -16,6 +16,7 @@ from . import codec
 from .backup import MANIFEST, open_tar, sha256
 from .catalog import Backup, Tablespace
 from .codec import CHUNK
+from .crypt import SUFFIX
 from .errors import PitrError
 from .postgres import binary, run
 from .repository import write_atomic
@@ -96,12 +97,18 @@ def extract(
         os.symlink(location, os.path.join(pgdata, "pg_tblspc", str(tablespace.oid)))
 
 
+def check_manifest(backup: Backup, folder: str, tree: Tree = LOCAL) -> str:
+    """Path of the stored manifest. Raises PitrError when it is not the one that was stored with the backup."""
+    name = MANIFEST + (SUFFIX if backup.encryption else "")
+    stored = os.path.join(folder, name)
+    if sha256(stored, tree) != {file.name: file.sha256 for file in backup.files}[name]:
+        raise PitrError(f"{stored} is not the file that was stored with the backup.", path=stored)
+    return stored
+
+
 def verify(backup: Backup, folder: str, pgdata: str, bin_dir: str, tree: Tree = LOCAL) -> None:
     """Compare every restored file with the backup's manifest (pg_verifybackup). Raises PitrError naming the files."""
-    stored = os.path.join(folder, MANIFEST)
-    expected = {file.name: file.sha256 for file in backup.files}[MANIFEST]
-    if sha256(stored, tree) != expected:
-        raise PitrError(f"{stored} is not the file that was stored with the backup.", path=stored)
+    stored = check_manifest(backup, folder, tree)
     with tempfile.TemporaryDirectory(prefix="pitr-manifest-") as directory:
         manifest = os.path.join(directory, MANIFEST)
         with codec.open_reader(stored, tree) as reader, open(manifest, "wb") as copy:

@@ -11,6 +11,7 @@ from typing import Any
 
 from .backup import damaged_backups, stored_backups
 from .catalog import Backup
+from .crypt import LockedError
 from .index import ArchiveIndex, scan
 from .plan import reachable_end
 from .repository import ClusterFolder
@@ -57,6 +58,7 @@ def archive_info(folder: ClusterFolder, bin_dir: str = "") -> dict[str, Any]:
         "last_segment_archived_at": None,
         "last_commit_time": None,
         "last_commit_lsn": None,
+        "notes": [],
     }
     newest = [timeline for timeline in index.timelines if index.last(timeline) is not None]
     if newest:
@@ -69,7 +71,14 @@ def archive_info(folder: ClusterFolder, bin_dir: str = "") -> dict[str, Any]:
         if bin_dir:
             first = index.ranges(timeline)[-1][0]
             span = Span(timeline, Lsn(first * index.segment_size), None)
-            record = WalScanner(folder, folder.chapter, index, bin_dir).last_transaction([span], last)
+            record = None
+            try:
+                record = WalScanner(folder, folder.chapter, index, bin_dir).last_transaction([span], last)
+            except LockedError as error:
+                # A host that holds no key still tells everything else. One that was given a key wants an answer.
+                if folder.tree.identity:
+                    raise
+                result["notes"].append(f"The last commit is not known: {error.message}")
             if record is not None and record.time is not None:
                 result.update(last_commit_time=record.time.isoformat(), last_commit_lsn=str(record.lsn))
     return result

@@ -22,7 +22,22 @@ from .repository import check_cluster_name, write_atomic
 
 PACKAGE = "pgdrill_pitr"
 # Everything cli.py imports; the test of the installed command fails when one is missing here.
-FILES = ("archive", "cli", "codec", "errors", "repository", "timeline", "tree", "wal")
+FILES = (
+    "archive",
+    "cli",
+    "codec",
+    "crypt",
+    "errors",
+    "receiver",
+    "remote",
+    "repository",
+    "serve",
+    "spool",
+    "timeline",
+    "tree",
+    "wal",
+    "wire",
+)
 VERSION = "0.1.0"
 COMMAND = "pitr-wal"
 _MAIN = f"import sys\n\nfrom {PACKAGE}.cli import main\n\nsys.exit(main(sys.argv[1:]))\n"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from .errors import PitrError
 from .postgres import binary, control_data, data_version, run, running_pid
-from .recovery import log_tail
+from .recovery import LOOK, log_tail
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,14 @@ class Instance:
             if time.monotonic() > deadline:
                 tail = log_tail(self._log_file)
                 raise PitrError(f"The server in {self._pgdata} did not start. Last lines of {self._log_file}:\n{tail}")
-            time.sleep(0.02)
+            time.sleep(LOOK)
 
     def stop(self, mode: str) -> None:
         """Stop the server: smart, fast or immediate. Raises PitrError when it is still there after the timeout."""
-        argv = [binary(self._bin_dir, "pg_ctl"), "stop", "-D", self._pgdata, "-m", mode, "-w", "-s"]
-        run([*argv, "-t", str(int(self._timeout))])
+        # pg_ctl would look ten times a second.
+        run([binary(self._bin_dir, "pg_ctl"), "stop", "-D", self._pgdata, "-m", mode, "-W", "-s"])
+        if not self._gone():
+            raise PitrError(f"The server in {self._pgdata} did not stop within {self._timeout:g} seconds.")
 
     def kill(self) -> None:
         """SIGKILL the postmaster, as a crash of the machine would; its children notice and leave."""
@@ -82,8 +84,14 @@ class Instance:
         if pid is None:
             return
         os.kill(pid, signal.SIGKILL)
+        if not self._gone():
+            raise PitrError(f"Process {pid} survived SIGKILL for {self._timeout:g} seconds.")
+
+    def _gone(self) -> bool:
+        """Wait until no server owns the directory; whether that was within the timeout."""
         deadline = time.monotonic() + self._timeout
         while running_pid(self._pgdata) is not None:
             if time.monotonic() > deadline:
-                raise PitrError(f"Process {pid} survived SIGKILL for {self._timeout:g} seconds.")
-            time.sleep(0.02)
+                return False
+            time.sleep(LOOK)
+        return True

@@ -13,7 +13,7 @@ Backup", and the checks of ``xlogrecovery.c`` that would otherwise stop the serv
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,11 @@ class Location:
 
 @dataclass(frozen=True)
 class RestorePlan:
-    """What a restore would do. Segment numbers are inclusive; ``wal_bytes`` counts whole segments."""
+    """What a restore would do. Segment numbers are inclusive; ``wal_bytes`` counts whole segments.
+
+    ``from_receiver``: segments that come from a receiver's spool, because the archive does not have them yet;
+    ``at_least``: the start of the last record in them, which a recovery to the end has to come to.
+    """
 
     backup: Backup
     target: RecoveryTarget
@@ -77,6 +81,8 @@ class RestorePlan:
     wal_bytes: int
     end_lsn: Lsn
     notes: tuple[str, ...] = ()
+    from_receiver: tuple[str, ...] = ()
+    at_least: Lsn | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For a module's result."""
@@ -105,6 +111,8 @@ class RestorePlan:
             "wal_bytes": self.wal_bytes,
             "end_lsn": str(self.end_lsn),
             "backup_bytes": self.backup.database_bytes,
+            "from_receiver": list(self.from_receiver),
+            "at_least": str(self.at_least) if self.at_least is not None else None,
             "notes": list(self.notes),
         }
 
@@ -249,6 +257,23 @@ def reachable_end(backup: Backup, index: ArchiveIndex, timeline: int) -> tuple[i
             number = min(end, last_of_span) + 1
     reached = number - 1
     return reached, reached - first + 1, missing
+
+
+def segment_names(result: RestorePlan, index: ArchiveIndex) -> Iterator[str]:
+    """Names of the segments that a plan needs, in the order of recovery, each from the timeline that has it."""
+    size = index.segment_size
+    first = result.backup.start_lsn.segment_number(size)
+    position = 0
+    for number in range(first, first + result.segments):
+        while position + 1 < len(result.spans):
+            end = result.spans[position].end
+            if end is None or number < end.segment_number(size):
+                break
+            position += 1
+        for span in reversed(result.spans[: position + 1]):
+            if index.has(span.timeline, number):
+                yield index.name(span.timeline, number)
+                break
 
 
 def _stops_before(target: RecoveryTarget, last_commit: datetime.datetime | None) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 
 from . import recovery_conf, settings
 from .errors import PitrError
-from .postgres import FLOORS, Login, control_data, query, running_pid
+from .postgres import FLOORS, Login, control_data, postmaster_status, query, running_pid
 from .target import parse_time
 from .timeline import parse_history
 from .wal import Lsn, WalFile, history_name
@@ -40,6 +40,8 @@ _LOG_LSN = re.compile(r'(before|after) WAL location \(LSN\) "([0-9A-F]+/[0-9A-F]
 _LOG_NAME = re.compile(r'(at restore point ".*"), time .+\Z')
 LOG_TAIL_BYTES = 64 * 1024
 LOG_TAIL_LINES = 15
+# Seconds between two looks at postmaster.pid.
+LOOK = 0.01
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def contradiction(planned: Mapping[str, Any], reached: Reached) -> str:
         fits = reason == "reached consistency"
     else:
         fits = reason == "no recovery target specified"
-        begin = _last_segment(planned)
+        begin = Lsn.parse(str(planned["at_least"])) if planned.get("at_least") else _last_segment(planned)
         if fits and begin is not None and Lsn.parse(reached.lsn) <= begin:
             # PostgreSQL takes a damaged record for the end of WAL, and promotes.
             return f"the archive reaches beyond {begin}, but WAL could be read only up to {reached.lsn}"
@@ -278,10 +280,21 @@ class Recovery:
                 return self._paused(), progress
             if time.monotonic() >= deadline:
                 return None, progress
-            time.sleep(pause)
-            # A short recovery is noticed at once; a long one is not asked five times a second.
-            waited = time.monotonic() - started
-            pause = min(pause * 1.3, 0.1 if waited < 10 else 1.0)
+            self._pause(min(pause, deadline - time.monotonic()))
+            # A pause at the target is not written down, so a short recovery is asked more often than a long one.
+            pause = min(pause * 1.3, 0.2 if time.monotonic() - started < 10 else 1.0)
+
+    def _pause(self, seconds: float) -> None:
+        """Wait this long, or until the server has come up or is gone: a short recovery is noticed at once.
+
+        The server writes down that it takes connections; asking it so often would cost it a process each time.
+        """
+        end = time.monotonic() + seconds
+        before = postmaster_status(self._pgdata)
+        while time.monotonic() < end:
+            time.sleep(LOOK)
+            if postmaster_status(self._pgdata) != before:
+                return
 
     def _died(self, why: str) -> PitrError:
         tail = log_tail(self._log_file) if self._log_file else ""

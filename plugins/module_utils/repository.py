@@ -24,13 +24,15 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from .errors import PitrError
 from .tree import LOCAL, Tree, fsync_directory, make_directory, temporary_name, tree_for
 from .wal import WalFile
 
-FORMAT = 1
+# The highest that is read. What an older version would not misread is written with the format that it knows.
+FORMAT = 2
+FORMAT_PLAIN = 1
 MARKER = "pitr-repository.json"
 CLUSTER_FILE = "cluster.json"
 BACKUP_FILE = "backup.json"
@@ -111,19 +113,22 @@ def check_cluster_name(name: str) -> None:
 class ClusterFolder:
     """One cluster's part of a repository."""
 
-    def __init__(self, repository: str, name: str) -> None:
-        """Does not touch the disk. Raises PitrError for a name that cannot be one."""
+    def __init__(self, repository: str, name: str, access: Mapping[str, str] | None = None) -> None:
+        """Does not touch the disk. ``access`` as for tree_for. Raises PitrError for a name that cannot be one."""
         check_cluster_name(name)
         self.repository = repository
         self.name = name
-        self.tree = tree_for(repository)
+        self.tree = tree_for(repository, access)
         self.path = os.path.join(repository, name)
         self.chapters: list[Chapter] = []
+        # What is stored from now on is encrypted to them; those of before are kept to tell which key an old file needs.
+        self.recipients: list[str] = []
+        self.former_recipients: list[list[str]] = []
 
     @classmethod
-    def open(cls, repository: str, name: str) -> ClusterFolder:
+    def open(cls, repository: str, name: str, access: Mapping[str, str] | None = None) -> ClusterFolder:
         """Open an existing folder. Raises PitrError naming what is missing; an unmounted directory is never empty."""
-        folder = cls(repository, name)
+        folder = cls(repository, name, access)
         try:
             read_json(os.path.join(repository, MARKER), folder.tree)
         except FileNotFoundError:
@@ -152,6 +157,9 @@ class ClusterFolder:
             folder.chapters = [Chapter(**chapter) for chapter in chapters]
         except TypeError as error:
             raise PitrError(f"{os.path.join(folder.path, CLUSTER_FILE)} is damaged: {error}.") from None
+        folder.recipients = _texts(stored.get("encryption_recipients", []), folder.path)
+        former = stored.get("encryption_former_recipients", [])
+        folder.former_recipients = [_texts(item, folder.path) for item in (former if isinstance(former, list) else [0])]
         return folder
 
     @property
@@ -184,10 +192,30 @@ class ClusterFolder:
         """Where a file of the archive lies, or would."""
         return os.path.join(self.archive_path(chapter), wal_file.log, wal_file.name)
 
+    def change_recipients(self, recipients: Sequence[str]) -> None:
+        """Encrypt to others from now on, and remember who the older files are encrypted to."""
+        if self.recipients:
+            self.former_recipients.append(self.recipients)
+        self.recipients = list(recipients)
+        self.former_recipients = [item for item in self.former_recipients if item != self.recipients]
+
     def save(self) -> None:
         """Write cluster.json."""
-        document = {"format": FORMAT, "name": self.name, "chapters": [chapter.to_dict() for chapter in self.chapters]}
+        document: dict[str, object] = {"format": FORMAT_PLAIN, "name": self.name}
+        document["chapters"] = [chapter.to_dict() for chapter in self.chapters]
+        if self.recipients or self.former_recipients:
+            # A version that does not know of encryption would go on storing plain files, and call the others damaged.
+            document["format"] = FORMAT
+            document["encryption_recipients"] = self.recipients
+            document["encryption_former_recipients"] = self.former_recipients
         write_json(os.path.join(self.path, CLUSTER_FILE), document)
+
+
+def _texts(value: object, path: str) -> list[str]:
+    """A list of texts in cluster.json. Never taken for empty when it is something else: nothing would be encrypted."""
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise PitrError(f"{os.path.join(path, CLUSTER_FILE)} is damaged: its recipients are not a list of texts.")
+    return value
 
 
 def clusters(repository: str) -> list[str]:
@@ -197,11 +225,15 @@ def clusters(repository: str) -> list[str]:
     return []
 
 
-def create(repository: str, name: str, chapter: Chapter, check: bool = False) -> tuple[ClusterFolder, list[str]]:
+def create(
+    repository: str, name: str, chapter: Chapter, check: bool = False, recipients: Sequence[str] | None = None
+) -> tuple[ClusterFolder, list[str]]:
     """Create or validate a cluster's folder and bind it to a system identifier.
 
-    Returns the folder and what was (or with ``check`` would be) created. Raises PitrError when the folder is bound to
-    another cluster, or a directory with other things in it would become a repository.
+    ``recipients``, as crypt.check_recipients gives them, are who everything that is stored from now on is encrypted to;
+    empty ends encryption, None leaves it as it is. Returns the folder and what was (or with ``check`` would be) created
+    or changed. Raises PitrError when the folder is bound to another cluster, or a directory with other things in it
+    would become a repository.
     """
     folder = ClusterFolder(repository, name)
     created: list[str] = []
@@ -214,7 +246,7 @@ def create(repository: str, name: str, chapter: Chapter, check: bool = False) ->
         created.append(marker)
         if not check:
             os.makedirs(repository, mode=0o700, exist_ok=True)
-            write_json(marker, {"format": FORMAT})
+            write_json(marker, {"format": FORMAT_PLAIN})
     document = os.path.join(folder.path, CLUSTER_FILE)
     if os.path.exists(document):
         folder = ClusterFolder.open(repository, name)
@@ -229,7 +261,13 @@ def create(repository: str, name: str, chapter: Chapter, check: bool = False) ->
             created.append(path)
             if not check:
                 make_directory(path)
-    if not os.path.exists(document) and not check:
+    to_write = not os.path.exists(document)
+    if recipients is not None and list(recipients) != folder.recipients:
+        if not to_write:
+            created.append(document)
+        to_write = True
+        folder.change_recipients(recipients)
+    if to_write and not check:
         # Last: a folder without cluster.json is not open for anybody.
         folder.save()
     return folder, created

@@ -17,13 +17,15 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from . import extract, recovery_conf
+from . import extract, recovery_conf, tail
 from .backup import damaged_backups, stored_backups
 from .catalog import Backup
+from .crypt import LockedError, check_identity, read_header, recipients_id, try_identity
 from .errors import PitrError
 from .index import ArchiveIndex, scan
 from .plan import (
@@ -35,16 +37,23 @@ from .plan import (
     needed_spans,
     plan,
     reachable_end,
+    segment_names,
     target_timeline,
 )
 from .postgres import binary, binary_version, control_data, data_version, run, running_pid, shell_command
+from .receiver import ACCEPTED
 from .repository import ClusterFolder, write_json
+from .tail import Tail
 from .target import RecoveryTarget
+from .timeline import Span
 from .tree import fsync_directory
+from .wal import Lsn, WalFile
 from .waldump import WalScanner
 
 ARCHIVE_AFTER = ("off", "same", "none-until-promoted")
 IN_PROGRESS = "pitr-restoring.json"
+# Refusals that WAL beyond the archive's end may turn into a plan.
+_FOR_WANT_OF_WAL = ("target_beyond_archive", "target_not_in_archive", "timeline_not_archived", "archive_gap")
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,9 @@ class Request:
     keep_unaccepted: bool = True
     archive_after: str = "none-until-promoted"
     verify: bool = True
+    # Path of the file with age identities that open what is encrypted, empty for none.
+    identity: str = ""
+    use_partial: bool = False
 
     def __post_init__(self) -> None:
         # The roles always say where the configuration is; in the data directory it comes with the backup.
@@ -97,16 +109,18 @@ class _Marker:
         self._left = {"moved_aside": moved_aside, "locations": sorted(locations.values())}
         self._total = backup.database_bytes
         self._done = 0
-        self._written_at = 0.0
-        self.add(0)
+        self.write()
 
     def add(self, count: int) -> None:
         """Count bytes; write the sum down once a second."""
         self._done += count
-        now = time.monotonic()
-        if now - self._written_at >= 1 or not count:
-            write_json(self._path, {**self._facts, **self._left, "bytes": self._done, "total_bytes": self._total})
-            self._written_at = now
+        if time.monotonic() - self._written_at >= 1:
+            self.write()
+
+    def write(self) -> None:
+        """Write the marker anew, on stable storage."""
+        write_json(self._path, {**self._facts, **self._left, "bytes": self._done, "total_bytes": self._total})
+        self._written_at = time.monotonic()
 
 
 class Restore:
@@ -120,22 +134,28 @@ class Restore:
         """Decide without touching anything. Raises RefusedError with every reason that can be known now."""
         target = self._target()
         try:
-            folder = ClusterFolder.open(self._request.repository, self._request.cluster)
+            folder = ClusterFolder.open(self._request.repository, self._request.cluster, {"identity": self._request.identity})
         except PitrError as error:
             raise RefusedError([*self._refusals, Refusal("repository", error.message)]) from None
         self._folder = folder
         self._check_directory(folder)
         backups = [b for b in stored_backups(folder) if b.system_identifier == folder.chapter.system_identifier]
         result = None
+        self._tail: Tail | None = None
         if target is not None:
             try:
                 index = scan(folder)
                 damaged = damaged_backups(folder, backups)
+                self._look_at_tail(target, backups, index)
                 location, last_commit = self._locate(target, backups, index, damaged)
                 result = plan(backups, index, target, self._request.backup, damaged, location, last_commit)
+                result = self._with_tail(result, index)
                 self._check_host(result)
+                self._check_keys(result, index)
             except RefusedError as error:
-                self._refusals += error.refusals
+                self._refusals += [self._hint(refusal, index) for refusal in error.refusals]
+            except LockedError as error:
+                self._refuse(error.code, error.message, self._whose(error.detail.get("recipients")))
         if self._refusals or result is None:
             raise RefusedError(self._refusals)
         pg_wal = os.path.join(self._request.pgdata, "pg_wal")
@@ -226,7 +246,7 @@ class Restore:
         timeline = target_timeline(target, index.tree, backups, self._request.backup)
         related = candidates(backups, index.tree, timeline, self._request.backup)
         whole = sorted((b for b in related if b.label not in damaged), key=lambda b: b.stop_lsn, reverse=True)
-        scanner = WalScanner(self._folder, self._folder.chapter, index, self._request.bin_dir)
+        scanner = self._scanner(index)
         until: int | None = None
         for backup in whole:
             if target.time is not None and backup.stopped_at > target.time:
@@ -251,6 +271,98 @@ class Restore:
                 return found, None
             until = backup.stop_lsn.segment_number(index.segment_size)
         return None, None
+
+    def _scanner(self, index: ArchiveIndex) -> WalScanner:
+        return WalScanner(self._folder, self._folder.chapter, index, self._request.bin_dir, self._tail)
+
+    def _look_at_tail(self, target: RecoveryTarget, backups: list[Any], index: ArchiveIndex) -> None:
+        """What a receiver has beyond the archive's end; with ``use_partial`` it counts as archived from here on."""
+        if not backups or target.kind == "immediate":
+            return
+        timeline = target_timeline(target, index.tree, backups, self._request.backup)
+        self._tail = tail.look(self._folder, self._folder.chapter, index, timeline)
+        if self._request.use_partial:
+            self._add_tail(index)
+
+    def _add_tail(self, index: ArchiveIndex) -> None:
+        for name in self._tail.names if self._tail else ():
+            wal_file = WalFile.parse(name)
+            index.add(wal_file.timeline, wal_file.number(index.segment_size))
+
+    def _tail_reach(self, index: ArchiveIndex, local: str = "") -> Lsn | None:
+        """Start of the last whole record in the receiver's segments, which are in ``index``."""
+        if self._tail is None or not self._tail.names:
+            return None
+        size = index.segment_size
+        first, last = (WalFile.parse(self._tail.names[at]).number(size) for at in (0, -1))
+        span = Span(self._tail.timeline, Lsn(first * size), None)
+        record = self._scanner(index).last_record([span], last, local)
+        return record.lsn if record is not None else None
+
+    def _with_tail(self, result: RestorePlan, index: ArchiveIndex) -> RestorePlan:
+        """Say what comes from the receiver, or what could."""
+        found = self._tail
+        if found is None:
+            return result
+        notes = [f"the receiver's spool: {found.problem}"] if found.problem else []
+        if found.names and not self._request.use_partial and result.target.kind == "latest":
+            notes.append(self._offer(index))
+        size = index.segment_size
+        last = WalFile.parse(result.last_segment).number(size)
+        used = tuple(name for name in found.names if WalFile.parse(name).number(size) <= last)
+        if not self._request.use_partial or not used or result.timeline != found.timeline:
+            return replace(result, notes=(*result.notes, *notes))
+        reach = self._tail_reach(index)
+        lsn = result.target.lsn
+        if lsn is not None and (reach is None or reach < lsn):
+            message = f"The target {result.target} lies after the last record that the receiver has."
+            nearest = f"That one begins at LSN {reach}." if reach is not None else "There is no whole record in it."
+            raise RefusedError([Refusal("target_beyond_archive", message, nearest)])
+        notes.append(
+            f"{', '.join(used)} from the receiver's spool, not archived yet; the last record there begins at LSN {reach}"
+        )
+        at_least = reach if result.target.kind == "latest" else None
+        return replace(result, notes=(*result.notes, *notes), from_receiver=used, at_least=at_least)
+
+    def _offer(self, index: ArchiveIndex) -> str:
+        """What ``use_partial`` would add. ``index`` is not used any more afterwards."""
+        self._add_tail(index)
+        names = self._tail.names if self._tail else ()
+        return (
+            f"the receiver's spool holds WAL that is not archived yet: {', '.join(names)}, its last record begins at LSN"
+            f" {self._tail_reach(index)}; use_partial (restore_use_partial) would replay it"
+        )
+
+    def _hint(self, refusal: Refusal, index: ArchiveIndex) -> Refusal:
+        """A refusal that may be due to WAL which only the receiver has says so."""
+        offered = self._tail is not None and self._tail.names and not self._request.use_partial
+        if not offered or refusal.code not in _FOR_WANT_OF_WAL:
+            return refusal
+        names = ", ".join(self._tail.names) if self._tail else ""
+        hint = f"The receiver's spool has {names}, not archived yet; use_partial (restore_use_partial) would replay it."
+        return replace(refusal, nearest=f"{refusal.nearest} {hint}".strip())
+
+    def _bring_tail(self, result: RestorePlan) -> None:
+        """Copy what the receiver has into pg_wal, and look again how far it reaches."""
+        if not result.from_receiver or self._tail is None:
+            return
+        pg_wal = os.path.join(self._request.pgdata, "pg_wal")
+        os.makedirs(pg_wal, mode=0o700, exist_ok=True)
+        chapter = self._folder.chapter
+        for name in result.from_receiver:
+            tail.copy(self._folder, chapter, self._tail, name, os.path.join(pg_wal, name))
+        index = scan(self._folder)
+        for name in result.from_receiver:
+            wal_file = WalFile.parse(name)
+            number = wal_file.number(index.segment_size)
+            if not index.has(wal_file.timeline, number):
+                index.add(wal_file.timeline, number)
+        reach = self._tail_reach(index, pg_wal)
+        if result.at_least is not None and (reach is None or reach < result.at_least):
+            raise PitrError(
+                f"The receiver's segments have changed since the plan was made: {', '.join(result.from_receiver)} had a"
+                f" record at LSN {result.at_least}, and reach to {reach} now. Plan again."
+            )
 
     def _check_host(self, result: RestorePlan) -> None:
         """Can this host run what would be restored?"""
@@ -288,6 +400,51 @@ class Restore:
         if request.config_dir and not os.path.exists(os.path.join(request.config_dir, "postgresql.conf")):
             self._refuse("config_dir", f"{request.config_dir} holds no postgresql.conf.")
 
+    def _check_keys(self, result: RestorePlan, index: ArchiveIndex) -> None:
+        """Can everything that is needed be decrypted here?
+
+        Tried on the backup's manifest, and on one segment of each set of recipients among those that are needed.
+        """
+        tree = self._folder.tree
+        if tree.identity:
+            self._try("backup_damaged", lambda: check_identity(tree.identity))
+            if f"{os.path.realpath(tree.identity)}/".startswith(f"{os.path.realpath(self._request.pgdata)}/"):
+                message = f"The identity file {tree.identity} lies in the data directory, which is moved aside."
+                self._refuse("identity_unusable", message, "Keep it elsewhere.")
+        if self._refusals:
+            return
+        if result.backup.encryption:
+            stored = os.path.join(self._folder.backups_path, result.backup.label)
+            self._try(
+                "backup_damaged",
+                lambda: try_identity(tree, extract.check_manifest(result.backup, stored, tree)),
+                result.backup.encryption,
+            )
+        chapter = self._folder.require(result.backup.system_identifier)
+        tried = set()
+        for name in segment_names(result, index):
+            path = self._folder.wal_path(WalFile.parse(name), chapter)
+            header = read_header(tree, path)
+            if header is not None and header.recipients not in tried:
+                tried.add(header.recipients)
+                self._try("archive_damaged", partial(try_identity, tree, path), header.recipients)
+
+    def _try(self, code: str, action: Callable[[], None], recipients: str = "") -> None:
+        """Refuse with the reason of what fails, or with ``code`` when no key is to blame."""
+        try:
+            action()
+        except LockedError as error:
+            self._refuse(error.code, error.message, self._whose(recipients))
+        except PitrError as error:
+            self._refuse(code, error.message)
+
+    def _whose(self, identifier: object) -> str:
+        """Who the recipients with this id are, where cluster.json remembers them."""
+        for recipients in (self._folder.recipients, *self._folder.former_recipients):
+            if identifier and identifier == recipients_id(recipients):
+                return f"The identity (path) of one of these is needed: {', '.join(recipients)}."
+        return ""
+
     def locations(self, result: RestorePlan) -> dict[int, str]:
         """Where each tablespace of the planned backup goes."""
         mapping = self._request.tablespace_mapping
@@ -311,6 +468,7 @@ class Restore:
             if self._request.verify:
                 extract.verify(result.backup, stored, pgdata, self._request.bin_dir, self._folder.tree)
             extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, locations)
+            self._bring_tail(result)
             recovery_conf.write(
                 self._request.configuration,
                 pgdata,
@@ -361,7 +519,7 @@ class Restore:
         if progress is not None:
             # A kill from here on leaves a directory that the next try recognises.
             with contextlib.suppress(OSError):
-                progress.add(0)
+                progress.write()
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(pgdata, extract.PG_CONTROL))
         for location in locations.values():
@@ -377,7 +535,10 @@ class Restore:
     def _settings(self, result: RestorePlan) -> dict[str, str]:
         """The content of the include file."""
         request = self._request
-        fetch = [request.wal_command, "get", f"--system-identifier={result.backup.system_identifier}", request.cluster]
+        fetch = [request.wal_command, "get", f"--system-identifier={result.backup.system_identifier}"]
+        if request.identity:
+            fetch.append(f"--identity={request.identity}")
+        fetch.append(request.cluster)
         settings = {
             **result.target.settings(result.timeline),
             "restore_command": shell_command(fetch, ["%f", "%p"]),
@@ -385,6 +546,11 @@ class Restore:
             # Where a recovery is paused or shut down is told by the log alone, and it must be understood.
             "lc_messages": "C",
         }
+        if request.archive_after != "same":
+            # Receivers keep away (receiver.py), so that nothing of an unaccepted cluster enters the archive; and no
+            # commit waits for them.
+            settings[ACCEPTED] = "off"
+            settings["synchronous_standby_names"] = ""
         if request.archive_after == "off":
             settings["archive_mode"] = "off"
         elif request.archive_after == "none-until-promoted":

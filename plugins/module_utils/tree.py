@@ -17,11 +17,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from .errors import PitrError
 
 PEEK = 512
+CHUNK = 1024 * 1024
 
 # What link(2) answers where there are none: EPERM by its manual, the others by network and user-space filesystems.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -54,6 +55,25 @@ def temporary_name(path: str) -> str:
     return os.path.join(folder, f".{name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
 
 
+class Proof:
+    """Compares content, piece by piece, with what was written down when it was stored."""
+
+    def update(self, data: bytes) -> None:
+        """The next piece."""
+
+    def read(self, descriptor: int, at: int = 0) -> None:
+        """An open file from this position on, all of it; the descriptor's own position does not move."""
+        while True:
+            data = os.pread(descriptor, CHUNK, at)
+            if not data:
+                return
+            self.update(data)
+            at += len(data)
+
+    def check(self) -> None:
+        """After the last one. Raises PitrError when the content is another."""
+
+
 class Source:
     """The stored bytes of one file, read forward from a descriptor.
 
@@ -76,6 +96,10 @@ class Source:
     def check(self) -> None:
         """After the end, or instead of blaming the file: raise PitrError when it was not transferred whole."""
 
+    def proof(self) -> Proof | None:
+        """What the content has to be, where the stored bytes tell it; to be given all of it, and asked at the end."""
+        return None
+
     def close(self) -> None:
         """Let go, also in the middle."""
         os.close(self.descriptor)
@@ -97,6 +121,10 @@ class Tree:
     Every method raises FileNotFoundError only when the file is *known* not to be there; a repository that cannot be
     reached is a PitrError or another OSError.
     """
+
+    def __init__(self, identity: str = "") -> None:
+        """``identity``: path of the file with age identities that open what is encrypted, empty for none."""
+        self.identity = identity
 
     def open(self, path: str) -> Source:
         """The stored bytes of a file."""
@@ -172,6 +200,15 @@ def make_directory_of(path: str) -> None:
 LOCAL = Tree()
 
 
-def tree_for(repository: str) -> Tree:
-    """The way to reach this repository."""
-    return LOCAL
+def tree_for(repository: str, access: Mapping[str, str] | None = None) -> Tree:
+    """The way to reach this repository, and to read it.
+
+    ``access``: ``identity`` as for Tree, and the settings of remote.SshTree for ``ssh://…``.
+    """
+    if repository.startswith("ssh://"):
+        # Who has a directory does not pay for this.
+        from .remote import ssh_tree
+
+        return ssh_tree(repository, access)
+    identity = (access or {}).get("identity", "")
+    return Tree(identity) if identity else LOCAL

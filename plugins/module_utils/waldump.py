@@ -14,6 +14,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from .index import ArchiveIndex
 from .plan import Location
 from .postgres import binary
 from .repository import Chapter, ClusterFolder
+from .tail import Tail, copy
 from .timeline import Span
 from .wal import Lsn, WalFile
 
@@ -69,7 +71,11 @@ class Record:
 class WalScanner:
     """Reads records of chosen resource managers from an archive."""
 
-    def __init__(self, folder: ClusterFolder, chapter: Chapter, index: ArchiveIndex, bin_dir: str) -> None:
+    def __init__(
+        self, folder: ClusterFolder, chapter: Chapter, index: ArchiveIndex, bin_dir: str, tail: Tail | None = None
+    ) -> None:
+        """``tail``: segments that are not archived yet, but in the index."""
+        self._tail = tail
         self._folder = folder
         self._chapter = chapter
         self._index = index
@@ -110,6 +116,24 @@ class WalScanner:
                     return found
         return None
 
+    def last_record(self, spans: list[Span], last: int, local: str = "") -> Record | None:
+        """The last whole record along ``spans`` up to segment number ``last``.
+
+        ``local``: a directory with plain segments that are looked at instead of those of the tail.
+        """
+        size = self._index.segment_size
+        for span in reversed(spans):
+            end = last if span.end is None else min(last, span.end.segment_number(size))
+            for number in range(end, span.begin.segment_number(size) - 1, -1):
+                if self._index.has(span.timeline, number):
+                    found = None
+                    for record in self._window(span.timeline, number, number, (), True, local):
+                        if span.end is None or record.lsn < span.end:
+                            found = record
+                    if found is not None:
+                        return found
+        return None
+
     def find_xid(self, spans: list[Span], last: int, xid: int) -> Location | None:
         """Where transaction ``xid`` (its low 32 bits count) committed or aborted."""
         for record in self.records(spans, last, ("Transaction",)):
@@ -124,12 +148,14 @@ class WalScanner:
                 return Location(record.lsn, record.timeline)
         return None
 
-    def _window(self, timeline: int, first: int, until: int, rmgrs: tuple[str, ...], final: bool) -> Iterator[Record]:
+    def _window(
+        self, timeline: int, first: int, until: int, rmgrs: tuple[str, ...], final: bool, local: str = ""
+    ) -> Iterator[Record]:
         size = self._index.segment_size
         with tempfile.TemporaryDirectory(prefix="pitr-waldump-") as directory:
             for number in range(first, until + 1):
                 name = self._index.name(timeline, number)
-                self._unpack(name, os.path.join(directory, name))
+                self._unpack(name, os.path.join(directory, name), local)
             # Without an end it would look for the next segment for five seconds (WALDumpOpenSegment).
             begin, end = Lsn(first * size), Lsn((until + 1) * size)
             argv = [binary(self._bin_dir, "pg_waldump"), f"--path={directory}", f"--timeline={timeline}"]
@@ -168,7 +194,13 @@ class WalScanner:
             name = self._index.name(timeline, number)
             raise PitrError(f"The archived WAL cannot be read at {lsn}, in {name}: {said}")
 
-    def _unpack(self, name: str, target: str) -> None:
+    def _unpack(self, name: str, target: str, local: str = "") -> None:
+        if self._tail is not None and name in self._tail.names:
+            if local and os.path.exists(os.path.join(local, name)):
+                shutil.copyfile(os.path.join(local, name), target)
+                return
+            if copy(self._folder, self._chapter, self._tail, name, target):
+                return
         stored = self._folder.wal_path(WalFile.parse(name), self._chapter)
         with codec.open_reader(stored, self._folder.tree) as reader, open(target, "wb") as stream:
             while True:

@@ -29,6 +29,11 @@ options:
     description:
       - Directory of PostgreSQL's programs, for C(pg_waldump).
     type: path
+  identity:
+    description:
+      - Path of a file with age identities, to read the last transaction when the archive is encrypted. Everything else
+        is told without it.
+    type: path
 author:
   - pgdrill.pitr contributors (@pgdrill)
 """
@@ -82,7 +87,7 @@ last_segment_archived_at:
   type: str
   sample: "2026-03-01T14:31:07+00:00"
 last_commit_time:
-  description: When the last transaction in the archive ended; null without O(bin_dir).
+  description: When the last transaction in the archive ended; null without O(bin_dir), or without a key to read it.
   returned: success
   type: str
   sample: "2026-03-01T14:31:06.882314+00:00"
@@ -91,6 +96,12 @@ last_commit_lsn:
   returned: success
   type: str
   sample: 0/7A21F08
+notes:
+  description: What could not be told, and why.
+  returned: success
+  type: list
+  elements: str
+  sample: []
 seconds:
   description: How long the module took.
   returned: success
@@ -118,13 +129,15 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import Clu
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **repository_argument_spec(),
     "bin_dir": {"type": "path"},
+    "identity": {"type": "path"},
 }
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Walk."""
-    folder = ClusterFolder.open(module.params["repository"], module.params["cluster"])
-    return {"changed": False, **archive_info(folder, module.params["bin_dir"] or "")}
+    params = module.params
+    folder = ClusterFolder.open(params["repository"], params["cluster"], {"identity": params["identity"] or ""})
+    return {"changed": False, **archive_info(folder, params["bin_dir"] or "")}
 
 
 def main() -> None:

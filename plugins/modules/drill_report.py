@@ -64,6 +64,11 @@ failures:
   type: list
   elements: str
   sample: []
+msg:
+  description: The failures as one text, empty when there is none.
+  returned: success
+  type: str
+  sample: ""
 paths:
   description: The files that were written.
   returned: success

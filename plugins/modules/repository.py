@@ -40,6 +40,14 @@ options:
       - Size of its WAL segments in bytes.
     type: int
     default: 16777216
+  encryption_recipients:
+    description:
+      - Who everything that is stored from now on is encrypted to, as public keys of age (C(age1…)) or SSH
+        (C(ssh-ed25519 …), C(ssh-rsa …)). Any one of their identities opens it.
+      - What is stored already stays as it is. An empty list ends encryption; without this option nothing is changed.
+      - C(age) must be installed on the primary and on the repository host before.
+    type: list
+    elements: str
 author:
   - pgdrill.pitr contributors (@pgdrill)
 """
@@ -51,6 +59,16 @@ EXAMPLES = r"""
     cluster: main
     system_identifier: "7412345678901234567"
     postgresql_version: 18
+
+- name: From now on encrypted to two keys, of which either opens it
+  pgdrill.pitr.repository:
+    repository: /var/lib/pitr
+    cluster: main
+    system_identifier: "7412345678901234567"
+    postgresql_version: 18
+    encryption_recipients:
+      - age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p
+      - ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHsKLqeplhpW+uObz5dvMgjz1OxfM/XXUB+VHtZ6isGN offsite
 """
 
 RETURN = r"""
@@ -65,11 +83,22 @@ archive:
   type: str
   sample: /var/lib/pitr/main/archive/18-1
 created:
-  description: What was created, or would be in check mode.
+  description: What was created or changed, or would be in check mode.
   returned: success
   type: list
   elements: str
   sample: ["/var/lib/pitr/main/archive"]
+encryption_recipients:
+  description: Who new files are encrypted to; empty when they are not.
+  returned: success
+  type: list
+  elements: str
+  sample: []
+recipients_id:
+  description: Short name of these recipients, as in the first line of every encrypted file of the archive.
+  returned: success
+  type: str
+  sample: 3f2a90c1d4e5b677
 seconds:
   description: How long the module took.
   returned: success
@@ -92,6 +121,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
+from ansible_collections.pgdrill.pitr.plugins.module_utils.crypt import check_recipients, recipients_id
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import Chapter, create
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import valid_segment_size
@@ -101,6 +131,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "system_identifier": {"type": "str", "required": True},
     "postgresql_version": {"type": "int", "required": True},
     "wal_segment_size": {"type": "int", "default": 16777216},
+    "encryption_recipients": {"type": "list", "elements": "str"},
 }
 
 
@@ -113,11 +144,19 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         raise PitrError(f"wal_segment_size {params['wal_segment_size']} is not a power of two from 1 MB to 1 GB.")
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     chapter = Chapter(1, params["system_identifier"], params["wal_segment_size"], params["postgresql_version"], now)
-    folder, created = create(params["repository"], params["cluster"], chapter, module.check_mode)
+    wanted = params["encryption_recipients"]
+    recipients = None if wanted is None else check_recipients(wanted)
+    folder, created = create(params["repository"], params["cluster"], chapter, module.check_mode, recipients)
     result: dict[str, Any] = {"changed": bool(created), "path": folder.path, "created": created}
     result["archive"] = folder.archive_path()
+    result.update(encryption_recipients=folder.recipients, recipients_id=recipients_id(folder.recipients))
     if module._diff:
-        result["diff"] = {"before": "", "after": "".join(f"{path}\n" for path in created)}
+        before = folder.former_recipients[-1] if created and folder.former_recipients else []
+        result["diff"] = {
+            "before": "".join(f"recipient {item}\n" for item in before),
+            "after": "".join(f"{path}\n" for path in created)
+            + "".join(f"recipient {item}\n" for item in folder.recipients if created),
+        }
     return result
 
 

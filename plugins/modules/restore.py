@@ -134,6 +134,13 @@ options:
       - Only plan when the backup is larger than this many bytes. The action plugin uses it to run a
         large restore in the background and show the progress; leave it out.
     type: int
+  identity:
+    description:
+      - Path of a file with age identities (private keys) on this host, when the backup or its WAL is encrypted. One
+        file may hold several; it must not be open to other users, and have no passphrase.
+      - The server reads the same file while it recovers, through its C(restore_command); remove it afterwards.
+      - Without the right one the restore is refused in the plan, before anything is touched.
+    type: path
   verify:
     description:
       - Compare every restored file with the backup's manifest (C(pg_verifybackup)).
@@ -262,6 +269,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "force": {"type": "bool", "default": False},
     "keep_unaccepted": {"type": "bool", "default": True},
     "moved_aside": {"type": "path"},
+    "identity": {"type": "path"},
     "verify": {"type": "bool", "default": True},
     "defer_above": {"type": "int"},
 }
@@ -285,6 +293,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         keep_unaccepted=params["keep_unaccepted"],
         archive_after=params["archive_after"],
         verify=params["verify"],
+        identity=os.path.abspath(params["identity"]) if params["identity"] else "",
     )
     if params["state"] == "settled":
         return {"changed": settle(request, params["moved_aside"], module.check_mode), "moved_aside": ""}

@@ -37,6 +37,11 @@ options:
         the command exists, else gzip.
     type: str
     default: auto
+  identity:
+    description:
+      - Path of a file with age identities that C(pitr-wal get) uses when none is given to it. Only on a host that is
+        to read what is encrypted, such as a standby; a primary needs none to archive.
+    type: path
   python:
     description:
       - Interpreter that runs the command. Without it the one that runs this module, outside of its virtual environment.
@@ -99,6 +104,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **repository_argument_spec(),
     "directory": {"type": "path", "required": True},
     "compression": {"type": "str", "default": "auto"},
+    "identity": {"type": "path"},
     "python": {"type": "path"},
 }
 
@@ -107,6 +113,8 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     """Install."""
     params = module.params
     settings = {"repository": params["repository"], "compression": params["compression"]}
+    if params["identity"]:
+        settings["identity"] = os.path.abspath(params["identity"])
     written = install(params["directory"], params["cluster"], settings, params["python"] or "", module.check_mode)
     command = os.path.join(params["directory"], COMMAND)
     result: dict[str, Any] = {"changed": bool(written), "command": command, "written": written}

@@ -24,9 +24,11 @@ from typing import Any
 
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
+from ansible.plugins.loader import become_loader, connection_loader, filter_loader, shell_loader, test_loader
 from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import outcome
 
 PREFIX = "pgdrill.pitr."
+MODULES = "ansible_collections.pgdrill.pitr.plugins.modules"
 # Set to 0 to send the modules even so.
 SWITCH = "PGDRILL_FORK"
 
@@ -46,6 +48,15 @@ class ForkedAction(ActionBase):
     _supports_check_mode = True
     _supports_async = True
 
+    def __init_subclass__(cls) -> None:
+        """Load the module with its action plugin, for which Ansible's strategy asks before it forks a worker.
+
+        What a worker loads is gone with it: every task would compile the same sources again.
+        """
+        super().__init_subclass__()
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"{MODULES}.{cls.__module__.rpartition('.')[2]}")
+
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Called by Ansible."""
         super().run(tmp, task_vars)
@@ -61,7 +72,7 @@ class ForkedAction(ActionBase):
                 module_name=PREFIX + name, module_args=arguments, task_vars=task_vars, wrap_async=wrap
             )
             return sent
-        module = importlib.import_module(f"ansible_collections.pgdrill.pitr.plugins.modules.{name}")
+        module = importlib.import_module(f"{MODULES}.{name}")
         validator = ArgumentSpecValidator(module.ARGUMENT_SPEC, required_if=getattr(module, "REQUIRED_IF", None))
         validated = validator.validate(arguments)
         if validated.error_messages:
@@ -128,3 +139,17 @@ def _become(user: str) -> None:
     os.setuid(entry.pw_uid)
     os.environ.update(HOME=entry.pw_dir, USER=user, LOGNAME=user)
     os.chdir("/")
+
+
+def _load_for_workers() -> None:
+    """Load what the tasks of a local host want, in the process that workers are forked from; see __init_subclass__."""
+    connection_loader.get("ansible.builtin.local", class_only=True)
+    become_loader.get("ansible.builtin.su", class_only=True)
+    shell_loader.get("ansible.builtin.sh", class_only=True)
+    filter_loader.get("ansible.builtin.combine")
+    test_loader.get("ansible.builtin.changed")
+    with contextlib.suppress(ImportError):
+        importlib.import_module("psycopg2.extras")
+
+
+_load_for_workers()

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ansible_collections.pgdrill.pitr.plugins.module_utils import crypt, settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils import repository as repositories
-from ansible_collections.pgdrill.pitr.plugins.module_utils import settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import BaseBackup
 from ansible_collections.pgdrill.pitr.plugins.module_utils.catalog import Backup
 from ansible_collections.pgdrill.pitr.plugins.module_utils.install import COMMAND, install
@@ -66,6 +66,23 @@ track_commit_timestamp = on
 log_min_messages = log
 log_line_prefix = '%m [%p] '
 """
+
+
+class Identity:
+    """A new age identity in a file, and its public key. ``path`` may come to hold further identities."""
+
+    def __init__(self, path: Path, *others: Identity) -> None:
+        subprocess.run(["age-keygen", "-o", str(path)], check=True, capture_output=True)
+        self.path = path
+        derived = subprocess.run(["age-keygen", "-y", str(path)], check=True, capture_output=True, text=True)
+        self.public = derived.stdout.strip()
+        with open(path, "a", encoding="ascii") as stream:
+            stream.write("".join(other.path.read_text(encoding="ascii") for other in others))
+
+    @property
+    def secrets(self) -> list[bytes]:
+        """What must be nowhere but in the file."""
+        return [line for line in self.path.read_bytes().split(b"\n") if line.startswith(b"AGE-SECRET-KEY-")]
 
 
 class Server:
@@ -200,6 +217,12 @@ class Storage:
     @property
     def folder(self) -> ClusterFolder:
         return ClusterFolder.open(str(self.repository), CLUSTER)
+
+    def encrypt_to(self, *recipients: str) -> None:
+        """What is stored from now on."""
+        folder = self.folder
+        changed = crypt.check_recipients(recipients)
+        repositories.create(str(self.repository), CLUSTER, folder.chapter, recipients=changed)
 
     @property
     def archive(self) -> Path:

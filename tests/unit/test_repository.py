@@ -143,7 +143,7 @@ def test_unknown_cluster_is_refused_with_those_that_are_there(tmp_path: Path) ->
         ("[]", "has no format number"),
         ("{}", "has no format number"),
         ('{"format": "1"}', "has no format number"),
-        ('{"format": 2}', "this version reads up to 1"),
+        ('{"format": 3}', "this version reads up to 2"),
     ],
 )
 @pytest.mark.parametrize("name", [MARKER, f"{CLUSTER}/{CLUSTER_FILE}"])

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import checks, config, drill, packages, postgresql, testing
+from . import checks, config, drill, packages, postgresql, programs, testing
 from .layout import DEFAULT_MAJOR, MAJORS, Layout, create, locate, lock, remove
 from .processes import Interrupted, raise_on_signals
 from .say import SandboxError, problem, step
@@ -92,7 +92,12 @@ def _run(options: argparse.Namespace, extra: Sequence[str]) -> int:
     needs_servers = options.command in ("setup", "drill", "test", "mutation", "install-check")
     # Some guards are about programs of another version.
     others = [min(MAJORS)] if options.command == "mutation" else []
-    setup(layout, sorted({*majors, *others}) if needs_servers else [], with_tests)
+    setup(
+        layout,
+        sorted({*majors, *others}) if needs_servers else [],
+        with_tests,
+        with_programs=with_tests and needs_servers,
+    )
     if options.command == "setup":
         config.write(layout, majors[0])
         step(f"ready: {layout.root}")
@@ -117,13 +122,15 @@ def _run(options: argparse.Namespace, extra: Sequence[str]) -> int:
     os.execvpe(extra[0], list(extra), env)
 
 
-def setup(layout: Layout, majors: Sequence[int], with_tests: bool) -> None:
+def setup(layout: Layout, majors: Sequence[int], with_tests: bool, with_programs: bool = False) -> None:
     """Install what is not installed yet. Two at a time would spoil each other's work: the second one waits."""
     create(layout)
     with lock(layout, "setup"):
         packages.ensure(layout, *([packages.RUN, packages.TEST] if with_tests else [packages.RUN]))
         for major in majors:
             postgresql.ensure(layout, major)
+        if with_programs:
+            programs.ensure(layout)
 
 
 def _stop(layout: Layout) -> int:

@@ -66,12 +66,15 @@ def reset(layout: Layout, major: int) -> None:
     shutil.rmtree(layout.socket_dir(major), ignore_errors=True)
 
 
+def command(layout: Layout, arguments: Sequence[str]) -> list[str]:
+    """The command line of a drill; `arguments` go to both playbooks."""
+    # One call for both: Ansible takes half a second to start.
+    return [*layout.command("ansible-playbook"), "-i", "inventories/sandbox", *PLAYBOOKS, *arguments]
+
+
 def drill(layout: Layout, major: int, arguments: Sequence[str]) -> int:
     """Run the drill; `arguments` go to both playbooks. Returns the exit code."""
-    ansible_playbook = layout.command("ansible-playbook")
-    # One call for both: Ansible takes half a second to start.
-    command = [*ansible_playbook, "-i", "inventories/sandbox", *PLAYBOOKS, *arguments]
-    return run_playbooks(layout, major, [command], layout.checkout, environment(layout))
+    return run_playbooks(layout, major, [command(layout, arguments)], layout.checkout, environment(layout))
 
 
 def run_playbooks(layout: Layout, major: int, commands: Sequence[Sequence[str]], cwd: Path, env: dict[str, str]) -> int:

@@ -8,6 +8,7 @@
   python/                      a copy of the interpreter, only when the servers' user cannot read the original
   postgresql/<major>/bin       PostgreSQL
   collections/                 this checkout as the collection pgdrill.pitr
+  programs/bin                 programs for tests that the system does not have
   run/<major>/                 the data of the sandbox hosts
   sandbox.yml                  what inventories/sandbox reads
 """
@@ -63,6 +64,11 @@ class Layout:
     def command(self, name: str) -> list[str]:
         """argv of a command of the venv; through its interpreter, as the kernel limits a script's first line."""
         return [str(self.python), str(self.venv / "bin" / name)]
+
+    @property
+    def programs(self) -> Path:
+        """Launchers of programs for tests that were unpacked beside it."""
+        return self.root / "programs" / "bin"
 
     @property
     def collections(self) -> Path:

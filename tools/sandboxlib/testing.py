@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import postgresql, smallfs
+from . import postgresql, programs, smallfs
 from .drill import environment
 from .layout import MAJORS, Layout, lock, make_private
 from .processes import Interrupted, Supervisor
@@ -96,6 +96,9 @@ def _environment(layout: Layout, checkout: Path, major: int, small: Path | None)
     env["PGDRILL_TEST_PG"] = str(major)
     if small is not None:
         env.setdefault("PGDRILL_TEST_SMALL_FS", str(small))
+    env.update(programs.variables(layout))
+    # What was fetched comes last: of the system's own programs none is replaced.
+    env["PATH"] += f"{os.pathsep}{layout.programs}"
     # A test that runs playbooks writes a sandbox.yml of its own and points this at it; never at the drills'.
     env.pop("PGDRILL_SANDBOX")
     env.pop("PYTEST_ADDOPTS", None)

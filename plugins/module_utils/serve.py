@@ -1,0 +1,263 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""``pitr-wal serve``: the repository host's side of ``ssh://``, a forced command in authorized_keys.
+
+Everything is enforced here, for the host at the other end may be anybody's by now: one cluster's folder and nothing
+beside it; a writer's key adds WAL under its own name, whole and of this cluster, and reads only what adding needs; a
+reader's key reads. There is no request that overwrites, renames or removes.
+
+On the path of ``pitr-wal``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import sys
+from types import FrameType
+
+from . import codec
+from .archive import check_segment
+from .errors import PitrError
+from .repository import CLUSTER_FILE, MARKER, Chapter, ClusterFolder
+from .timeline import parse_history
+from .tree import LOCAL, Source
+from .wal import SegmentHeader, WalFile, history_name
+from .wire import ANSWER, DATA, END, FAILURE, HELLO, PROTOCOL, REQUEST, WORD, Lost, Wire, document, write_all
+
+# Seconds without a word: between two requests, and in the middle of a transfer.
+IDLE = 3600.0
+STALLED = 300.0
+# Bytes of one frame from the client, and of a stored history or backup file.
+LIMIT = 512 * 1024
+SMALL = 1024 * 1024
+ENCRYPTED = b"pitr-age "
+
+
+class Server:
+    """One connection of one key."""
+
+    def __init__(self, wire: Wire, access: str, cluster: str, repository: str) -> None:
+        """``access``: ``read`` or ``write``. Raises PitrError when the cluster's folder cannot be opened."""
+        self._wire = wire
+        self._writes = access == "write"
+        self._repository = repository
+        self._folder = ClusterFolder.open(repository, cluster)
+
+    # --- what a key may name
+
+    def _located(self, place: object) -> str:
+        """The path of a place in the repository, when it is this cluster's. Raises PitrError."""
+        if not isinstance(place, str):
+            raise PitrError("The request names no file.")
+        path = os.path.join(self._repository, place)
+        root = os.path.realpath(self._folder.path)
+        if place == MARKER:
+            root = os.path.join(os.path.realpath(self._repository), MARKER)
+        elif place.split("/")[0] != self._folder.name or {"", ".", ".."} & set(place.split("/")) or "\0" in place:
+            raise PitrError(
+                f"This key is for the cluster '{self._folder.name}' of {self._repository}; it may not name '{place}'."
+            )
+        # Links inside the folder that lead out of it would be a way around.
+        real = os.path.realpath(path)
+        if real != root and not real.startswith(root + "/"):
+            raise PitrError(f"{path} is a link that leads out of the cluster's folder, so it is not served.")
+        return path
+
+    def _wal(self, place: object) -> tuple[str, WalFile, Chapter]:
+        """Path, file and chapter of a place in the archive. Raises PitrError for every other place."""
+        path = self._located(place)
+        wal_file = WalFile.parse(os.path.basename(path))
+        for chapter in self._folder.chapters:
+            if path == self._folder.wal_path(wal_file, chapter):
+                return path, wal_file, chapter
+        raise PitrError(f"{wal_file.name} does not belong to {path}. Refused.")
+
+    def _readable(self, place: object) -> str:
+        """A path that this key may read. Raises PitrError."""
+        if self._writes and place not in (MARKER, f"{self._folder.name}/{CLUSTER_FILE}"):
+            try:
+                return self._wal(place)[0]
+            except PitrError:
+                raise PitrError(f"The key of this connection only adds WAL; it may not read '{place}'.") from None
+        return self._located(place)
+
+    # --- requests
+
+    def perform(self, request: dict[str, object]) -> None:
+        """Do what one request says, and answer. Raises PitrError, OSError, or Lost."""
+        operation = request.get("do")
+        if operation == "open":
+            self._open(request.get("place"))
+        elif operation == "stat":
+            status = os.stat(self._readable(request.get("place")))
+            self._wire.say(ANSWER, {"size": status.st_size, "mtime": status.st_mtime})
+        elif operation == "names":
+            if self._writes:
+                raise PitrError("The key of this connection only adds WAL; it may not list directories.")
+            self._wire.say(ANSWER, {"names": LOCAL.names(self._located(request.get("place")))})
+        elif operation in ("add", "settle"):
+            if not self._writes:
+                raise PitrError("The key of this connection only reads; nothing was added.")
+            if operation == "add":
+                self._add(request)
+            else:
+                LOCAL.settle(self._wal(request.get("place"))[0])
+                self._wire.say(ANSWER, {})
+        else:
+            raise PitrError(f"The request '{operation}' is not known here. Is the other host's version newer?")
+
+    def _open(self, place: object) -> None:
+        path = self._readable(place)
+        # A pipe or a device would let us wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise PitrError(f"{path} is not a file.")
+            self._wire.say(ANSWER, {"size": status.st_size, "mtime": status.st_mtime})
+            self._wire.send_file(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _add(self, request: dict[str, object]) -> None:
+        path, wal_file, chapter = self._wal(request.get("place"))
+        size = request.get("size")
+        # What cannot be compressed grows a little; nothing of PostgreSQL's is larger than this.
+        most = chapter.wal_segment_size + SMALL if wal_file.kind in ("segment", "partial") else SMALL
+        if not isinstance(size, int) or not 0 <= size <= most:
+            raise PitrError(f"{wal_file.name} would have {size} bytes in the archive, at most {most} can be right.")
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        with LOCAL.adding(path) as temporary:
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                self._wire.say(ANSWER, {})
+                self._receive(descriptor, size)
+                os.fsync(descriptor)
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                self._check(descriptor, path, wal_file, chapter)
+            finally:
+                os.close(descriptor)
+        self._wire.say(ANSWER, {})
+
+    def _receive(self, descriptor: int, size: int) -> None:
+        """Write what the client sends. Raises OSError (the disk is full) only after everything has come."""
+        problem: OSError | None = None
+        received = 0
+        self._wire.patience = STALLED
+        while True:
+            kind, payload = self._wire.receive()
+            if kind == END:
+                break
+            received += len(payload)
+            if kind != DATA or received > size:
+                raise Lost("the client sends more than it has announced")
+            try:
+                if problem is None:
+                    write_all(descriptor, payload)
+            except OSError as error:
+                problem = error
+        self._wire.patience = IDLE
+        if problem is not None:
+            raise problem
+        if received != size or document(payload).get("size") != size:
+            raise Lost("the client sends less than it has announced")
+
+    def _check(self, descriptor: int, path: str, wal_file: WalFile, chapter: Chapter) -> None:
+        """Whether this is what its name says. Raises PitrError. Encrypted content cannot be looked at here."""
+        source = Source(descriptor, path)
+        if source.peek(len(ENCRYPTED)) == ENCRYPTED:
+            return
+        is_segment = wal_file.kind in ("segment", "partial")
+        most = chapter.wal_segment_size if is_segment else SMALL
+        reader = codec.Reader(source)
+        try:
+            head = data = reader.read(codec.CHUNK)
+            size = len(data)
+            # A few bytes can be made to unpack to any number of them.
+            while data and size <= most:
+                data = reader.read(codec.CHUNK)
+                size += len(data)
+        finally:
+            reader.close()
+        if size > most or (is_segment and size != most):
+            raise PitrError(f"{path} would hold {size} bytes; {most} can be right. Refused; nothing was changed.")
+        if is_segment:
+            check_segment(head[: SegmentHeader.SIZE], wal_file, chapter, path, lambda: self._history(wal_file, chapter))
+        elif wal_file.kind == "history":
+            parse_history(wal_file.timeline, head.decode(errors="replace"))
+
+    def _history(self, wal_file: WalFile, chapter: Chapter) -> str | None:
+        """Text of the history file of this file's timeline, which PostgreSQL archives before its segments."""
+        stored = self._folder.wal_path(WalFile.parse(history_name(wal_file.timeline)), chapter)
+        try:
+            with codec.open_reader(stored) as reader:
+                return reader.read(SMALL).decode(errors="replace")
+        except FileNotFoundError:
+            return None
+
+
+def _failure(error: Exception) -> dict[str, object]:
+    if isinstance(error, PitrError):
+        return {"kind": "refused", "message": error.message}
+    assert isinstance(error, OSError)
+    if isinstance(error, (FileNotFoundError, FileExistsError)):
+        return {"kind": "absent" if isinstance(error, FileNotFoundError) else "exists"}
+    return {"kind": "error", "errno": error.errno or errno.EIO}
+
+
+def _opened(wire: Wire, access: str, cluster: str, repository: str) -> Server:
+    """Exchange greetings. Raises PitrError when the client wants another repository than this key's."""
+    wire.say(HELLO, {"protocol": PROTOCOL, "access": access, "cluster": cluster})
+    kind, payload = wire.receive()
+    hello = document(payload)
+    if kind != HELLO or hello.get("protocol") != PROTOCOL:
+        raise PitrError(
+            f"The repository host speaks version {PROTOCOL}, this one {hello.get('protocol')}. Update the older one."
+        )
+    wanted = hello.get("repository")
+    if not isinstance(wanted, str) or os.path.realpath(wanted) != os.path.realpath(repository):
+        raise PitrError(f"This key is for the repository {repository}, not for {wanted}. Correct the path.")
+    return Server(wire, access, cluster, repository)
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(1)
+
+
+def serve(access: str, cluster: str, repository: str, source: int = 0, target: int = 1) -> int:
+    """Answer one connection until it ends. Returns the exit code."""
+    asked = os.environ.get("SSH_ORIGINAL_COMMAND", "")
+    if asked != WORD:
+        sys.stderr.write(
+            "pitr-wal serve: this key gives access to a repository of PostgreSQL backups, to pitr-wal and nothing else.\n"
+        )
+        return 1
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # A transfer that is cut off takes its temporary file along.
+        signal.signal(number, _end)
+    wire = Wire(source, target, STALLED, LIMIT)
+    try:
+        try:
+            server = _opened(wire, access, cluster, repository)
+        except (PitrError, OSError) as error:
+            wire.say(FAILURE, _failure(error))
+            return 1
+        wire.say(ANSWER, {})
+        wire.patience = IDLE
+        while True:
+            kind, payload = wire.receive()
+            if kind != REQUEST:
+                return 1
+            try:
+                server.perform(document(payload))
+            except (PitrError, OSError) as error:
+                wire.say(FAILURE, _failure(error))
+    except Lost:
+        # The other side is gone, which is how every conversation ends.
+        return 0
