@@ -237,7 +237,6 @@ MUTATIONS = (
         "codec",
         'raise self._damaged(f"{self.codec} says: {said}")',
         "pass",
-        f"{ARCHIVE_FAULTS}::test_bad_checksum_of_a_segment_stops_the_recovery[zstd]",
         f"{ARCHIVE_FAULTS}::test_bad_checksum_of_a_segment_stops_the_recovery[lz4]",
         f"{ARCHIVE}::test_truncated_stored_segment_is_an_error_and_nothing_is_delivered",
     ),
