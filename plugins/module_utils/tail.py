@@ -91,7 +91,7 @@ def _check(folder: ClusterFolder, chapter: Chapter, place: str, name: str) -> No
         # Made in its full size; the first byte of WAL has not come.
         raise FileNotFoundError(path)
     segment = WalFile.parse(WalFile.parse(name).segment)
-    check_segment(head, segment, chapter, path, _history(folder, chapter, place, segment.timeline))
+    check_segment(head, segment, chapter, path, lambda: _history(folder, chapter, place, segment.timeline))
 
 
 def _history(folder: ClusterFolder, chapter: Chapter, place: str, timeline: int) -> str | None:
@@ -133,8 +133,9 @@ def _copy(folder: ClusterFolder, chapter: Chapter, path: str, name: str, target:
             if size != chapter.wal_segment_size:
                 raise PitrError(f"{path} has {size} bytes instead of {chapter.wal_segment_size}; it is not used.")
             segment = WalFile.parse(name)
-            history = _history(folder, chapter, os.path.dirname(path), segment.timeline)
-            check_segment(os.pread(descriptor, 512, 0), segment, chapter, path, history)
+            place = os.path.dirname(path)
+            head = os.pread(descriptor, 512, 0)
+            check_segment(head, segment, chapter, path, lambda: _history(folder, chapter, place, segment.timeline))
             os.fsync(descriptor)
         except BaseException:
             os.unlink(target)

@@ -94,7 +94,7 @@ class Site:
     def get(self, name: str, identity: str = "") -> bytes:
         if os.path.exists(self.target):
             os.unlink(self.target)
-        get(name, self.target, str(self.repository), CLUSTER, None, identity)
+        get(name, self.target, str(self.repository), CLUSTER, None, {"identity": identity})
         return Path(self.target).read_bytes()
 
     def refused(self, name: str, identity: str = "") -> PitrError:
