@@ -167,6 +167,13 @@ def push(
                 )
             head = os.pread(source, SegmentHeader.SIZE, 0)
             check_segment(head, wal_file, chapter, path, lambda: _history_text(wal_file, folder, chapter, pg_wal))
+        elif wal_file.kind == "history":
+            # Such as a stored one, which is compressed, copied back by hand. Nobody could restore past it.
+            text = os.pread(source, os.fstat(source).st_size, 0)
+            try:
+                parse_history(wal_file.timeline, text.decode(errors="replace"))
+            except PitrError as error:
+                raise PitrError(f"{path} is no timeline history file. Refused; {error.message}") from None
         stored = folder.wal_path(wal_file, chapter)
         if folder.tree.exists(stored):
             return _already_stored(stored, folder.tree, source, path)

@@ -492,9 +492,7 @@ def test_bad_checksum_of_a_segment_stops_the_recovery(
 # --- what is stored is not there
 
 
-def test_missing_history_file_stops_the_recovery_of_its_timeline(
-    sandbox: MakeSandbox, restored: Restore, tmp_path: Path
-) -> None:
+def test_missing_history_file_stops_the_recovery_of_its_timeline(sandbox: MakeSandbox, restored: Restore) -> None:
     primary = sandbox()
     primary.backup("only")
     primary.commit("one")
@@ -508,16 +506,15 @@ def test_missing_history_file_stops_the_recovery_of_its_timeline(
     primary.server.stop()
     cluster = restored(primary)
     assert cluster.plan.timeline == 2
-    history = primary.archive / "00000002.history"
-    aside = tmp_path / history.name
-    shutil.move(history, aside)
+    (primary.archive / "00000002.history").unlink()
+    kept = primary.server.data / "pg_wal" / "00000002.history"
     cluster.server.start(wait=False)
     with pytest.raises(PitrError, match=r"00000002\.history is missing from") as caught:
         cluster.wait()
     assert "Copy it back from a server's pg_wal" in caught.value.message
     # Without the refusal it would have followed timeline 1 and lost "two" in silence.
     assert "selected new timeline ID" not in cluster.server.log_text()
-    done = pitr_wal(primary, "push", CLUSTER, str(aside))
+    done = pitr_wal(primary, "push", CLUSTER, str(kept))
     assert done.returncode == 0, done.stderr
     cluster.run()
     assert cluster.phase == "two"

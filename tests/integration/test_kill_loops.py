@@ -29,6 +29,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import sha256,
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import archive_info, backup_info
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import SUPPORTED
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import WalFile
+from ansible_collections.pgdrill.pitr.tests.integration.receiving import Receiving, unbroken
 from ansible_collections.pgdrill.pitr.tests.integration.support import (
     CLUSTER,
     SEGMENT_SIZE,
@@ -113,10 +114,11 @@ def _strike(pid: int) -> bool:
 
 @dataclass
 class Field:
-    """A primary under load, a standby that lives on the archive alone, and what was done to them."""
+    """A primary under load, a receiver, a standby that lives on the archive alone, and what was done to them."""
 
     primary: Sandbox
     standby: Restored
+    receiver: Receiving
     scratch: Path
     chance: random.Random
     labels: Iterator[int] = field(default_factory=lambda: iter(range(1_000_000)))
@@ -153,7 +155,10 @@ def command(argv_of: Callable[[Field], list[str]], check: Callable[[Field, int],
             check(field, process.wait())
             field.lifetimes[name] = time.monotonic() - started
             return False
-        time.sleep(field.chance.uniform(0, field.lifetimes[name]))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(field.chance.uniform(0, field.lifetimes[name]))
+            # It was quicker than the ones before.
+            field.lifetimes[name] = (field.lifetimes[name] + time.monotonic() - started) / 2
         members = sorted(_living(lambda _pid, _parent, session: session == process.pid))
         if field.chance.random() < 0.5 and members:
             members = [field.chance.choice(members)]
@@ -237,6 +242,20 @@ def _standby_goes_on(field: Field) -> None:
         server.start(wait=False)
 
 
+def _receiver(_name: str, field: Field) -> bool:
+    """Kill the supervisor, pg_receivewal, or both; what is not there is started first, and may be hit as it starts."""
+    receiver = field.receiver
+    if not receiver.control.pid():
+        receiver.launch()
+    field.primary.fill(1)
+    time.sleep(field.chance.uniform(0, 0.5))
+    pid = receiver.control.pid()
+    members = [*([pid] if pid else []), *receiver.streams]
+    if len(members) > 1 and field.chance.random() < 0.5:
+        members = [field.chance.choice(members)]
+    return any([_strike(one) for one in members])
+
+
 @dataclass(frozen=True)
 class Victim:
     """``weight``: how often it is chosen, beside the others."""
@@ -251,6 +270,7 @@ VICTIMS = (
     Victim("push of the archiver", 15, called_by(lambda field: _backend(field, "primary", "archiver"), lambda _: None)),
     Victim("get", 60, command(_get, _got)),
     Victim("get of a standby", 10, called_by(lambda field: _backend(field, "standby", "startup"), _standby_goes_on)),
+    Victim("receiver", 20, _receiver),
     Victim("base_backup", 15, command(_base_backup, lambda _field, _code: None)),
 )
 
@@ -308,7 +328,8 @@ def test_nothing_is_lost_whoever_is_killed(
     standby.server.start(wait=False)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    field = Field(primary, standby, scratch, random.Random(SEED))
+    receiver = Receiving(primary, server)
+    field = Field(primary, standby, receiver, scratch, random.Random(SEED))
     script = tmp_path / "transaction.sql"
     script.write_text(TRANSACTION, encoding="ascii")
     pgbench = [os.path.join(primary.bin_dir, "pgbench"), "-n", "-c", "2", "-R", str(RATE), "-T", "100000"]
@@ -326,6 +347,9 @@ def test_nothing_is_lost_whoever_is_killed(
             assert load.poll() is None, "pgbench has ended"
             # Half of the tries miss, by their nature.
             assert sum(misses.values()) < 50 + 5 * kills, (hits, misses)
+    except BaseException:
+        receiver.close()
+        raise
     finally:
         load.terminate()
         load.wait()
@@ -337,6 +361,13 @@ def test_nothing_is_lost_whoever_is_killed(
     print(f"{sum(hits.values())} kills in {seconds:.1f} s; {server.value('SELECT count(*) FROM ledger')} transactions")
 
     # All of it works again, at once.
+    try:
+        receiver.start().wait_for(server)
+        received = receiver.status
+        receiver.stop()
+    finally:
+        receiver.close()
+    assert unbroken(primary), received
     primary.backup("last")
     end = primary.commit("end").end
     primary.probe()

@@ -85,6 +85,13 @@ MUTATIONS = (
         f"{ARCHIVE}::test_segment_of_the_wrong_size_is_refused",
     ),
     _mutation(
+        "what is no history file is archived as one",
+        "archive",
+        '        elif wal_file.kind == "history":\n            # Such',
+        "        elif False:\n            # Such",
+        f"{ARCHIVE}::test_file_that_is_no_history_is_refused",
+    ),
+    _mutation(
         "a duplicate with other content is a success",
         "archive",
         "    if not same:\n",

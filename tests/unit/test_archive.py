@@ -421,6 +421,13 @@ def test_file_that_is_no_wal_is_refused(site: Site, content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    "content", [b"", bytes(40), b"2\t0/350000\n", gzip.compress(history((1, "0/350000")).encode())]
+)
+def test_file_that_is_no_history_is_refused(site: Site, content: bytes) -> None:
+    site.refuses_to_push(site.write("00000002.history", content), "is no timeline history file. Refused")
+
+
+@pytest.mark.parametrize(
     "name", ["postgresql.conf", "archive_status", wal_name(1, 3).lower() + "g", wal_name(1, 3) + ".gz"]
 )
 def test_name_that_is_no_wal_file_is_refused(site: Site, name: str) -> None:
