@@ -362,13 +362,15 @@ def test_nothing_is_lost_whoever_is_killed(
 
     # All of it works again, at once.
     try:
-        receiver.start().wait_for(server)
-        received = receiver.status
+        receiver.launch()
+        # The receiver is patient with a slot that it was killed at; there is something else to do meanwhile.
+        primary.backup("last")
+        receiver.control.wait()
+        receiver.wait_for(server)
         receiver.stop()
     finally:
         receiver.close()
-    assert unbroken(primary), received
-    primary.backup("last")
+    assert unbroken(primary)
     end = primary.commit("end").end
     primary.probe()
     ready = server.data / "pg_wal" / "archive_status"
@@ -392,7 +394,7 @@ def test_nothing_is_lost_whoever_is_killed(
         cluster = restored(primary, backup=label, archive_after="none-until-promoted").run()
         assert cluster.phase == "end"
         _compare(primary, cluster, truth)
-        cluster.server.stop("fast")
+        cluster.server.stop("immediate")
         shutil.rmtree(cluster.server.data)
     print(f"{stored} files in the archive and {len(backups)} backups are whole, restored and identical")
     print(f"{time.monotonic() - started:.1f} s in all")
