@@ -182,9 +182,11 @@ def called_by(parent: Callable[[Field], int], afterwards: Callable[[Field], None
                 # The interpreter is where the work is; the shell's death ends the archiver, which is slow to come back.
                 time.sleep(field.chance.uniform(0, 0.05))
                 below = _below(pid) or below
-                hit = _strike(below[-1] if field.chance.random() < 0.9 else below[0])
-                afterwards(field)
-                return hit
+                if _strike(below[-1] if field.chance.random() < 0.9 else below[0]):
+                    afterwards(field)
+                    return True
+                # It was done already; there will be another one.
+                field.primary.fill(1)
             time.sleep(0.002)
         return False
 
@@ -341,8 +343,12 @@ def test_nothing_is_lost_whoever_is_killed(
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        while sum(hits.values()) < kills:
-            victim = field.chance.choices(VICTIMS, [one.weight for one in VICTIMS])[0]
+        while sum(hits.values()) < kills or not all(hits[one.name] for one in VICTIMS):
+            if sum(hits.values()) < kills:
+                victim = field.chance.choices(VICTIMS, [one.weight for one in VICTIMS])[0]
+            else:
+                # None is left out.
+                victim = next(one for one in VICTIMS if not hits[one.name])
             (hits if victim.hunt(victim.name, field) else misses)[victim.name] += 1
             assert load.poll() is None, "pgbench has ended"
             # Half of the tries miss, by their nature.
