@@ -1,21 +1,24 @@
 # The front door. The work is done by tools/sandbox.py; it installs what it needs into .sandbox, and nothing else.
 #   PG=18        PostgreSQL's major version: 15, 16, 17 or 18; for `make test` also `all`
 #   PYTHON=…     the Python (3.11 to 3.13) to build the sandbox on; by default the first one that fits
-#   ARGS='…'     more arguments for ansible-playbook (drill), pytest (test), ansible-test (sanity) or ansible-lint (lint)
+#   ARGS='…'     more arguments for ansible-playbook (drill), pytest (test), ansible-test (sanity), ansible-lint (lint);
+#                names of mutations, or parts of them (mutation)
+#   KILLS=…      how many processes `make kill-test` kills
 PG ?= 18
 ARGS ?=
+KILLS ?= 2000
 export PYTHON
 # exec: a signal that ends make must reach the tool, not a shell between them.
 SANDBOX = exec "$$(command -v python3 || echo "$${PYTHON:-python3}")" tools/sandbox.py
 IN_VENV = $(SANDBOX) run --test --
 
 .DEFAULT_GOAL := help
-.PHONY: help setup drill test lint sanity typecheck check-specs docs build install-check bench stop clean
+.PHONY: help setup drill test kill-test mutation lint sanity typecheck check-specs docs build install-check bench stop clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "  PG=15|16|17|18 (test: all)   PYTHON=/path/to/python3.12   ARGS='-e drill_scenarios=[latest]'"
+	@echo "  PG=15|16|17|18 (test, kill-test: all)   PYTHON=/path/to/python3.12   ARGS='-e drill_scenarios=[latest]'"
 
 setup: ## install Ansible and PostgreSQL into .sandbox (the others do it by themselves)
 	@$(SANDBOX) setup --pg '$(PG)'
@@ -25,6 +28,13 @@ drill: ## rehearse the disasters on a fresh sandbox; the evidence goes to eviden
 
 test: ## unit and integration tests
 	@$(SANDBOX) test --pg '$(PG)' $(ARGS)
+
+kill-test: export PGDRILL_TEST_KILLS = $(KILLS)
+kill-test: ## kill -9 of everything that archives and restores, KILLS times under load, then a restore; `test` kills less
+	@$(SANDBOX) test --pg '$(PG)' tests/integration/test_kill_loops.py -s -n 0 $(ARGS)
+
+mutation: ## take away the engine's guards one by one: a test must notice each
+	@$(SANDBOX) mutation --pg '$(PG)' $(ARGS)
 
 lint: ## ansible-lint (production profile), ruff, shellcheck
 	@$(SANDBOX) lint $(ARGS)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 from . import codec
@@ -22,9 +23,22 @@ from .timeline import ancestry, parse_history
 from .tree import Tree
 from .wal import SegmentHeader, WalFile, history_name
 
+# Seconds that a missing segment is waited for while its successors are being archived: of several that are pushed at
+# once, a later one may come first. An older hole (seconds) is one at once.
+HOLE_PATIENCE = 3.0
+HOLE_FRESH = 60.0
+
 
 class Absent(Exception):
     """The file is not in an archive that was reachable, and nothing later of its timeline is."""
+
+
+class _Hole(PitrError):
+    """A segment is missing, and ``later`` is the path of one behind it."""
+
+    def __init__(self, message: str, later: str) -> None:
+        super().__init__(message)
+        self.later = later
 
 
 def check_segment(
@@ -96,12 +110,30 @@ def same_content(stored: str, tree: Tree, source: int) -> bool:
                 return True
 
 
+def _content_size(stored: str, tree: Tree) -> int:
+    size = 0
+    with codec.open_reader(stored, tree) as reader:
+        while data := reader.read(codec.CHUNK):
+            size += len(data)
+    return size
+
+
 def _already_stored(stored: str, tree: Tree, source: int, path: str) -> str:
     try:
         same = same_content(stored, tree, source)
     except PitrError as error:
         raise PitrError(f"{path} was not archived: the archive already has it, but {error.message}") from None
+    except OSError as error:
+        error.filename = error.filename or stored
+        raise
     if not same:
+        own = os.fstat(source).st_size
+        held = own if codec.is_encrypted(stored, tree) else _content_size(stored, tree)
+        if held != own and WalFile.parse(os.path.basename(path)).kind in ("segment", "partial"):
+            raise PitrError(
+                f"{path} was not archived: the archive already has it, but {stored} is damaged: it holds {held} bytes"
+                f" instead of {own}. Move that file aside, and this one is archived at the next try."
+            )
         raise PitrError(
             f"{path} was not archived: {stored} exists with other content, unchanged. Two servers may be archiving"
             " into the same place. Find out which one owns it before doing anything else."
@@ -135,6 +167,13 @@ def push(
                 )
             head = os.pread(source, SegmentHeader.SIZE, 0)
             check_segment(head, wal_file, chapter, path, lambda: _history_text(wal_file, folder, chapter, pg_wal))
+        elif wal_file.kind == "history":
+            # Such as a stored one, which is compressed, copied back by hand. Nobody could restore past it.
+            text = os.pread(source, os.fstat(source).st_size, 0)
+            try:
+                parse_history(wal_file.timeline, text.decode(errors="replace"))
+            except PitrError as error:
+                raise PitrError(f"{path} is no timeline history file. Refused; {error.message}") from None
         stored = folder.wal_path(wal_file, chapter)
         if folder.tree.exists(stored):
             return _already_stored(stored, folder.tree, source, path)
@@ -169,6 +208,12 @@ def _store(
                 raise PitrError(f"{path} was changed while it was read. It was not archived; nothing was changed.")
     except FileExistsError:
         return _already_stored(stored, tree, source, path)
+    except OSError as error:
+        # Writing to a descriptor and syncing it name no file.
+        error.filename = error.filename or f"{path} to {stored}"
+        raise
+    except PitrError as error:
+        raise PitrError(f"{path} was not archived: {stored}: {error.message}") from None
     return f"{os.path.basename(path)} archived"
 
 
@@ -195,13 +240,28 @@ def get(
     temporary = target + ".pitr"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
-    try:
-        fetch(wal_file, chapter, folder, temporary, os.path.dirname(target) or ".")
-    except FileNotFoundError:
-        if folder.tree.exists(stored):
-            raise
-        _prove_absent(wal_file, archive, folder.tree)
-        raise Absent(f"{name} is not in the archive") from None
+    deadline = time.monotonic() + HOLE_PATIENCE
+    came = False
+    while True:
+        try:
+            fetch(wal_file, chapter, folder, temporary, os.path.dirname(target) or ".")
+            break
+        except FileNotFoundError:
+            if folder.tree.exists(stored):
+                # Archived just now; if not, it is the target's directory that is missing.
+                if came:
+                    raise
+                came = True
+                continue
+        try:
+            _prove_absent(wal_file, archive, folder.tree)
+        except _Hole as hole:
+            if time.monotonic() > deadline or abs(time.time() - folder.tree.stat(hole.later).mtime) > HOLE_FRESH:
+                raise
+            time.sleep(0.05)
+            continue
+        _prove_mounted(folder, archive, name)
+        raise Absent(f"{name} is not in the archive")
     os.rename(temporary, target)
 
 
@@ -226,7 +286,9 @@ def fetch(wal_file: WalFile, chapter: Chapter, folder: ClusterFolder, target: st
             parse_history(wal_file.timeline, text.decode(errors="replace"))
         elif not os.pread(descriptor, 20, 0).startswith(b"START WAL LOCATION: "):
             raise PitrError(f"{stored} is damaged: it is not what PostgreSQL writes about a backup.")
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or f"{stored} to {target}"
         with contextlib.suppress(OSError):
             os.unlink(target)
         raise
@@ -248,10 +310,27 @@ def _prove_absent(wal_file: WalFile, archive: str, tree: Tree) -> None:
         return
     later = first_later(archive, wal_file, tree)
     if later is not None:
-        raise PitrError(
+        raise _Hole(
             f"{wal_file.name} is missing from {archive}, but {later} is there: the archive has a hole."
-            " Recovery cannot go past it. Find the segment, or restore to a target before it."
+            " Recovery cannot go past it. Find the segment, or restore to a target before it.",
+            os.path.join(archive, later[:16], later),
         )
+
+
+def _prove_mounted(folder: ClusterFolder, archive: str, name: str) -> None:
+    """Raise PitrError when the archive is empty and cannot be: no backup is complete without WAL in it.
+
+    The repository's marker proves that the repository is mounted, but not a filesystem below it. A second chapter may
+    be empty beside the backups of the first.
+    """
+    if len(folder.chapters) > 1 or any(archived_logs(archive, None, folder.tree)):
+        return
+    with contextlib.suppress(FileNotFoundError):
+        if any(not label.startswith(".") for label in folder.tree.names(folder.backups_path)):
+            raise PitrError(
+                f"{archive} is empty, but there are backups in {folder.backups_path}, so nothing can be said about"
+                f" {name}. Is its filesystem mounted?"
+            )
 
 
 def first_later(archive: str, wal_file: WalFile, tree: Tree) -> str | None:

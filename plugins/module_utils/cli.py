@@ -37,8 +37,11 @@ case "$1" in
   serve) exec {python} -I -S {library} {folder} "$@" ;;
   receive) exec {python} -I -S {library} {folder} "$@" < /dev/null ;;
 esac
+# The traps are for what ends this shell on the way: when there is no free process, dash ends with 2.
+case "$1" in get) trap 'exit 200' 0 ;; *) trap 'exit 125' 0 ;; esac
 {python} -I -S {library} {folder} "$@" < /dev/null
 status=$?
+trap - 0
 case "$1:$status" in
   *:0) exit 0 ;;
   get:{absent}) exit 1 ;;

@@ -15,6 +15,7 @@ On the path of ``pitr-wal``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator, Mapping
 
@@ -22,6 +23,9 @@ from .errors import PitrError
 
 PEEK = 512
 CHUNK = 1024 * 1024
+
+# What link(2) answers where there are none: EPERM by its manual, the others by network and user-space filesystems.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def fsync_directory(path: str) -> None:
@@ -159,7 +163,15 @@ class Tree:
         temporary = temporary_name(path)
         try:
             yield temporary
-            os.link(temporary, path)
+            try:
+                os.link(temporary, path)
+            except OSError as error:
+                if error.errno in _NO_LINKS:
+                    raise PitrError(
+                        f"The filesystem of {path} has no hard links ({error.strerror}); a repository needs them, so"
+                        " that nothing in it is ever replaced. Nothing was stored. Move it to another filesystem."
+                    ) from None
+                raise
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
@@ -171,10 +183,18 @@ class Tree:
 
 
 def make_directory_of(path: str) -> None:
-    """Create the folder that a stored file lies in; the one above it has to be there (is it mounted?)."""
+    """Create the folder that a stored file lies in; the one above it has to be there (is it mounted?).
+
+    The folder's own name is durable before the first file in it is.
+    """
     directory = os.path.dirname(path)
-    if not os.path.isdir(directory):
-        make_directory(directory)
+    if not os.path.isdir(directory) and make_directory(directory):
+        return
+    with os.scandir(directory) as entries:
+        if any(not entry.name.startswith(".") for entry in entries):
+            return
+    # Whoever made it may have died, or not yet come, to the sync of its name.
+    fsync_directory(os.path.dirname(directory))
 
 
 LOCAL = Tree()

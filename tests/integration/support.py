@@ -270,6 +270,15 @@ class Storage:
         return Restore(self.request(data, options, **more)).plan()
 
 
+def pitr_wal(storage: Storage, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the installed command as a server would: with hardly an environment, and without input."""
+    return subprocess.run(
+        [storage.wal_command, *arguments],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=120,
+        env={"PATH": "/usr/bin:/bin", **environment},
+    )  # fmt: skip
+
+
 class Restored:
     """A restored cluster, not started yet."""
 

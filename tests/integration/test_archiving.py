@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +24,9 @@ from ansible_collections.pgdrill.pitr.tests.integration.support import (
     Restored,
     Sandbox,
     Server,
-    Storage,
     cut,
     fingerprint,
+    pitr_wal,
     until,
 )
 
@@ -179,14 +178,6 @@ def test_copy_of_a_cluster_that_archives_into_the_same_folder_is_found_out(
     assert fingerprint(primary.archive) == kept
 
 
-def _pitr_wal(storage: Storage, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [storage.wal_command, *arguments],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-        env={"PATH": "/usr/bin:/bin", **environment},
-    )  # fmt: skip
-
-
 def test_exit_codes_of_the_installed_command(history: History, tmp_path: Path) -> None:
     storage = history.storage.copy(tmp_path / "copy")
     wal = tmp_path / "pg_wal"
@@ -194,18 +185,18 @@ def test_exit_codes_of_the_installed_command(history: History, tmp_path: Path) -
     segments = storage.segments()
     target = str(wal / "RECOVERYXLOG")
     # There, and not there.
-    assert _pitr_wal(storage, "get", CLUSTER, segments[0].name, target).returncode == 0
+    assert pitr_wal(storage, "get", CLUSTER, segments[0].name, target).returncode == 0
     (wal / segments[0].name).write_bytes((wal / "RECOVERYXLOG").read_bytes())
-    assert _pitr_wal(storage, "get", CLUSTER, "0000000100000000000000FF", target).returncode == 1
-    assert _pitr_wal(storage, "get", CLUSTER, "00000002.history", target).returncode == 1
-    assert _pitr_wal(storage, "get", CLUSTER, "00000001.history", target).returncode == 1
+    assert pitr_wal(storage, "get", CLUSTER, "0000000100000000000000FF", target).returncode == 1
+    assert pitr_wal(storage, "get", CLUSTER, "00000002.history", target).returncode == 1
+    assert pitr_wal(storage, "get", CLUSTER, "00000001.history", target).returncode == 1
     # The same again is archived; another content is not, and the archive is unchanged.
-    assert _pitr_wal(storage, "push", CLUSTER, str(wal / segments[0].name)).returncode == 0
+    assert pitr_wal(storage, "push", CLUSTER, str(wal / segments[0].name)).returncode == 0
     changed = bytearray((wal / segments[0].name).read_bytes())
     changed[-1] ^= 1
     (wal / segments[0].name).write_bytes(bytes(changed))
     before = fingerprint(storage.repository)
-    assert 1 <= _pitr_wal(storage, "push", CLUSTER, str(wal / segments[0].name)).returncode <= 125
+    assert 1 <= pitr_wal(storage, "push", CLUSTER, str(wal / segments[0].name)).returncode <= 125
     assert fingerprint(storage.repository) == before
     # Everything else ends recovery, whatever it is.
     failures: list[Callable[[], Any]] = [
@@ -219,13 +210,13 @@ def test_exit_codes_of_the_installed_command(history: History, tmp_path: Path) -
     names = [segments[2].name, segments[3].name, *["0000000100000000000000FF"] * 4]
     for damage, name in zip(failures, names, strict=True):
         damage()
-        result = _pitr_wal(storage, "get", CLUSTER, name, target)
+        result = pitr_wal(storage, "get", CLUSTER, name, target)
         assert result.returncode > 125, (name, result)
         assert result.stderr
     for arguments in ((), ("get",), ("get", CLUSTER), ("get", "nobody", "x", target), ("get", CLUSTER, "../x", target)):
-        assert _pitr_wal(storage, *arguments).returncode not in (0, 1) or not arguments
+        assert pitr_wal(storage, *arguments).returncode not in (0, 1) or not arguments
     for arguments in (("push",), ("push", CLUSTER), ("push", CLUSTER, str(wal / "nowhere")), ("hold", CLUSTER, "x")):
-        assert 1 <= _pitr_wal(storage, *arguments).returncode <= 125
+        assert 1 <= pitr_wal(storage, *arguments).returncode <= 125
 
 
 def test_command_does_not_read_the_environment_of_the_server(history: History, tmp_path: Path) -> None:
@@ -236,7 +227,7 @@ def test_command_does_not_read_the_environment_of_the_server(history: History, t
     target = str(tmp_path / "RECOVERYXLOG")
     name = history.storage.segments()[0].name
     storage = history.storage
-    result = _pitr_wal(storage, "get", CLUSTER, name, target, PYTHONPATH=str(trap), PYTHONHOME=str(trap))
+    result = pitr_wal(storage, "get", CLUSTER, name, target, PYTHONPATH=str(trap), PYTHONHOME=str(trap))
     assert result.returncode == 0, result.stderr
 
 

@@ -4,9 +4,9 @@
 
 """Every guard is worth a test: take the guard away, and the test must fail.
 
-``python tests/mutation/run.py [--jobs 2] [name…]`` copies the tree, applies one of ``mutations.py`` at a time, runs
-the tests that belong to it, and demands that each of them fails. It wants what the tests want: pytest,
-PGDRILL_TEST_BIN_DIR, and an ordinary user, as PostgreSQL does not run as root.
+``make mutation ARGS='name…'`` copies the tree, applies one of ``mutations.py`` at a time, runs the tests that belong to
+it, and demands that each of them fails. It wants what the tests want: pytest, PGDRILL_TEST_BIN_DIR, and an ordinary
+user, as PostgreSQL does not run as root; the front door sets all that.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class Copy:
             "PGDRILL_TEST_PATIENCE": "20",
         }
 
-    def pytest(self, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-rf", *tests]
+    def pytest(self, tests: Sequence[str], workers: int = 0) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-rf", "-n", str(workers)]
+        argv += tests
         return subprocess.run(
             argv, cwd=self.tree, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, check=False,
@@ -123,10 +124,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="m") as directory:
         copies = [Copy(Path(directory) / str(number)) for number in range(max(1, arguments.jobs))]
         # A test that fails anyhow catches nothing.
-        sound = copies[0].pytest(sorted({test for mutation in chosen for test in mutation.tests}))
+        started = time.monotonic()
+        tests = sorted({test for mutation in chosen for test in mutation.tests})
+        sound = copies[0].pytest(tests, workers=len(copies))
         if sound.returncode != 0:
             print(f"the tests fail without any mutation:\n{sound.stdout[-4000:]}", file=sys.stderr)
             return 1
+        print(f"{len(tests)} tests pass without a mutation ({time.monotonic() - started:.1f} s)", flush=True)
         threads = [threading.Thread(target=_work, args=(tasks, copy, complaints)) for copy in copies]
         for thread in threads:
             thread.start()

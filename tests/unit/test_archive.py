@@ -6,17 +6,19 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import multiprocessing
 import os
 import random
 import resource
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.pgdrill.pitr.plugins.module_utils import codec
+from ansible_collections.pgdrill.pitr.plugins.module_utils import archive, codec
 from ansible_collections.pgdrill.pitr.plugins.module_utils import tree as trees
 from ansible_collections.pgdrill.pitr.plugins.module_utils.archive import Absent, get, push
 from ansible_collections.pgdrill.pitr.plugins.module_utils.codec import detect, which
@@ -92,6 +94,12 @@ class Site:
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     return Site(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hole in an archive that was written a moment ago is one at once."""
+    monkeypatch.setattr(archive, "HOLE_PATIENCE", 0)
 
 
 # --- push: what is taken
@@ -278,6 +286,26 @@ def test_different_duplicate_of_a_small_file_is_refused(site: Site, name: str) -
     site.refuses_to_push(site.write(name, history((1, "0/350000"))[:-1]), "exists with other content")
 
 
+@pytest.mark.parametrize("left", [0, 10_000, MIB - 1])
+def test_duplicate_of_a_cut_plain_segment_is_refused_as_damaged_and_not_as_anothers(site: Site, left: int) -> None:
+    path = site.write(wal_name(1, 3), segment(1, 3))
+    stored = site.stored(wal_name(1, 3))
+    put(stored.parent, stored.name, segment(1, 3)[:left])
+    error = site.refuses_to_push(path, f"is damaged: it holds {left} bytes instead of {MIB}")
+    assert str(stored) in error.message and "Two servers" not in error.message
+
+
+def test_stored_segment_that_cannot_be_read_is_named_by_both(site: Site) -> None:
+    path = site.write(wal_name(1, 3), segment(1, 3))
+    stored = site.stored(wal_name(1, 3))
+    stored.mkdir(parents=True)
+    with pytest.raises(OSError, match="Is a directory") as caught:
+        site.push(path)
+    assert caught.value.filename == str(stored)
+    with pytest.raises(OSError, match="Is a directory"):
+        site.get(wal_name(1, 3))
+
+
 def test_duplicate_of_a_damaged_stored_segment_is_refused_and_names_it(site: Site) -> None:
     site.store(3, compression="gzip")
     stored = site.stored(wal_name(1, 3))
@@ -393,6 +421,13 @@ def test_file_that_is_no_wal_is_refused(site: Site, content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    "content", [b"", bytes(40), b"2\t0/350000\n", gzip.compress(history((1, "0/350000")).encode())]
+)
+def test_file_that_is_no_history_is_refused(site: Site, content: bytes) -> None:
+    site.refuses_to_push(site.write("00000002.history", content), "is no timeline history file. Refused")
+
+
+@pytest.mark.parametrize(
     "name", ["postgresql.conf", "archive_status", wal_name(1, 3).lower() + "g", wal_name(1, 3) + ".gz"]
 )
 def test_name_that_is_no_wal_file_is_refused(site: Site, name: str) -> None:
@@ -444,6 +479,45 @@ def test_hole_in_the_middle_is_an_error_and_names_the_later_segment(site: Site) 
     site.store(3, 5)
     error = site.refuses_to_get(wal_name(1, 4), "the archive has a hole")
     assert wal_name(1, 4) in error.message and wal_name(1, 5) in error.message
+
+
+@pytest.mark.parametrize("number", [4, 5])
+def test_segment_that_comes_in_after_its_successor_is_waited_for(
+    site: Site, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Several are pushed at once: the later one may be there first."""
+    monkeypatch.setattr(archive, "HOLE_PATIENCE", 30)
+    site.store(3, 6)
+    late = threading.Timer(0.3, site.store, [number])
+    late.start()
+    assert site.get(wal_name(1, number)) == segment(1, number)
+    late.join()
+
+
+def test_segment_that_comes_in_while_it_is_proven_absent_is_fetched(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.store(3, 5)
+    exists = site.folder.tree.exists
+
+    def now_it_comes(path: str) -> bool:
+        if path == str(site.stored(wal_name(1, 4))):
+            monkeypatch.setattr(trees.LOCAL, "exists", exists)
+            site.store(4)
+        return exists(path)
+
+    monkeypatch.setattr(trees.LOCAL, "exists", now_it_comes)
+    assert site.get(wal_name(1, 4)) == segment(1, 4)
+
+
+@pytest.mark.parametrize("age", [-1_000_000, 120, 1_000_000_000])
+def test_old_hole_is_not_waited_for(site: Site, monkeypatch: pytest.MonkeyPatch, age: int) -> None:
+    monkeypatch.setattr(archive, "HOLE_PATIENCE", 1e9)
+    monkeypatch.setattr(archive.time, "sleep", lambda _seconds: pytest.fail("waited"))
+    site.store(3, 5)
+    when = site.stored(wal_name(1, 5)).stat().st_mtime - age
+    os.utime(site.stored(wal_name(1, 5)), (when, when))
+    site.refuses_to_get(wal_name(1, 4), "the archive has a hole")
 
 
 @pytest.mark.parametrize("later", [0x1001, 0x5003])
@@ -518,6 +592,22 @@ def test_history_is_absent_beside_the_history_of_another_timeline(site: Site) ->
 def test_archive_folder_that_is_gone_is_an_error(site: Site) -> None:
     site.archive.rmdir()
     site.refuses_to_get(wal_name(1, 3), "so nothing can be said about")
+
+
+@pytest.mark.parametrize("name", [wal_name(1, 3), "00000002.history"])
+def test_empty_archive_beside_a_backup_is_an_error(site: Site, name: str) -> None:
+    """A filesystem of its own, mounted below the repository's marker, is not there."""
+    Path(site.folder.backups_path, ".begun.partial").mkdir()
+    with pytest.raises(Absent):
+        site.get(name)
+    Path(site.folder.backups_path, "b1").mkdir()
+    site.refuses_to_get(name, "is empty, but there are backups in .*Is its filesystem mounted")
+    # The archive of a new chapter may be empty for a while.
+    site.folder.chapters.append(Chapter(2, str(SYSTEM + 1), MIB, 19, ""))
+    site.folder.save()
+    Path(site.folder.archive_path()).mkdir()
+    with pytest.raises(Absent):
+        site.get(name)
 
 
 def test_cluster_that_is_gone_is_an_error(site: Site) -> None:
@@ -731,6 +821,81 @@ def test_link_that_fails_leaves_no_temporary_file(site: Site, monkeypatch: pytes
         with pytest.raises(OSError, match="No space"):
             site.push(path)
     assert os.listdir(site.stored(wal_name(1, 3)).parent) == []
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_filesystem_without_hard_links_is_refused_by_name(
+    site: Site, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", fail)
+    with pytest.raises(PitrError, match="has no hard links"):
+        site.push(site.write(wal_name(1, 3), segment(1, 3)))
+    assert os.listdir(site.stored(wal_name(1, 3)).parent) == []
+
+
+@pytest.mark.parametrize("step", ["write", "fsync"])
+def test_failure_of_the_disk_names_the_file_and_leaves_nothing_that_looks_stored(
+    site: Site, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = site.write(wal_name(1, 3), segment(1, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, fail)
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            site.push(path)
+    assert caught.value.filename == f"{path} to {site.stored(wal_name(1, 3))}"
+    assert os.listdir(site.stored(wal_name(1, 3)).parent) == []
+    site.push(path)
+
+
+def test_directory_that_cannot_be_synced_is_no_success_until_it_can(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.store(2)
+    path = site.write(wal_name(1, 3), segment(1, 3))
+
+    def fail(_path: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trees, "fsync_directory", fail)
+        for _attempt in range(2):
+            with pytest.raises(OSError, match="Input/output error"):
+                site.push(path)
+    assert "was already in the archive" in site.push(path)
+
+
+def test_folder_that_somebody_made_and_did_not_sync_is_synced_before_its_first_file(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A push that was killed between mkdir and fsync: the next one's segment would not survive a power failure."""
+    folder = site.stored(wal_name(1, 3)).parent
+    folder.mkdir()
+    put(folder, f".{wal_name(1, 3)}.1.00000000.tmp", b"half")
+    synced: list[str] = []
+    monkeypatch.setattr(trees, "fsync_directory", synced.append)
+    site.store(3)
+    assert synced == [str(site.archive), str(folder)]
+    site.store(4)
+    assert synced[2:] == [str(folder)]
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o027])
+def test_stored_and_fetched_files_are_private_whatever_the_umask(site: Site, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        site.store(3, compression="gzip")
+        get(wal_name(1, 3), str(site.fetched / "RECOVERYXLOG"), str(site.repository), CLUSTER)
+    finally:
+        os.umask(before)
+    assert site.stored(wal_name(1, 3)).stat().st_mode & 0o777 == 0o600
+    assert site.stored(wal_name(1, 3)).parent.stat().st_mode & 0o777 == 0o700
+    assert (site.fetched / "RECOVERYXLOG").stat().st_mode & 0o777 == 0o600
 
 
 def test_cluster_folder_is_reopened_every_time(site: Site) -> None:

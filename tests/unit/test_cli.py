@@ -138,7 +138,8 @@ def truncate_a_module(host: Host) -> None:
 def replace_the_interpreter(host: Host, python: str) -> None:
     path = Path(host.command)
     lines = path.read_text().splitlines(keepends=True)
-    (number,) = (at for at, line in enumerate(lines) if " -I -S " in line)
+    # The last one: those before it are of what serves and receives.
+    *_others, number = (at for at, line in enumerate(lines) if " -I -S " in line)
     lines[number] = python + lines[number][lines[number].index(" -I -S ") :]
     path.write_text("".join(lines))
 

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     os.umask(0o022)  # The servers' user reads what we install.
     command, separator, rest = _split(arguments)
     options, extra = _parser().parse_known_args(command)
-    if extra and options.command not in ("drill", "test", "sanity", "lint"):
+    if extra and options.command not in ("drill", "test", "mutation", "sanity", "lint"):
         _parser().error(f"unknown arguments: {' '.join(extra)}")
     raise_on_signals()
     try:
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("drill", "run a drill on fresh sandbox hosts; other arguments go to ansible-playbook")
     add("test", "run the tests (--pg all: on every PostgreSQL); other arguments go to pytest")
+    add("mutation", "take away guards of the engine, one by one: a test must fail; other arguments choose by name")
     add("lint", "ansible-lint")
     add("typecheck", "mypy --strict")
     add("sanity", "ansible-test sanity on a copy; other arguments go to it")
@@ -85,9 +86,18 @@ def _run(options: argparse.Namespace, extra: Sequence[str]) -> int:
     majors = testing.parse_majors(options.pg)
     if len(majors) > 1 and options.command != "test":
         raise SandboxError(f"--pg {options.pg}: name one PostgreSQL version")
-    with_tests = options.command in ("test", "lint", "sanity", "typecheck") or getattr(options, "test", False)
-    needs_servers = options.command in ("setup", "drill", "test", "install-check")
-    setup(layout, majors if needs_servers else [], with_tests, with_programs=with_tests and needs_servers)
+    with_tests = options.command in ("test", "mutation", "lint", "sanity", "typecheck") or getattr(
+        options, "test", False
+    )
+    needs_servers = options.command in ("setup", "drill", "test", "mutation", "install-check")
+    # Some guards are about programs of another version.
+    others = [min(MAJORS)] if options.command == "mutation" else []
+    setup(
+        layout,
+        sorted({*majors, *others}) if needs_servers else [],
+        with_tests,
+        with_programs=with_tests and needs_servers,
+    )
     if options.command == "setup":
         config.write(layout, majors[0])
         step(f"ready: {layout.root}")
@@ -96,6 +106,8 @@ def _run(options: argparse.Namespace, extra: Sequence[str]) -> int:
         return drill.drill(layout, majors[0], extra)
     if options.command == "test":
         return testing.test(layout, majors, extra)
+    if options.command == "mutation":
+        return testing.mutation(layout, majors[0], extra)
     if options.command == "lint":
         return checks.lint(layout, extra)
     if options.command == "typecheck":

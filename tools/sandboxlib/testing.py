@@ -8,16 +8,17 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import postgresql, programs
+from . import postgresql, programs, smallfs
 from .drill import environment
 from .layout import MAJORS, Layout, lock, make_private
 from .processes import Interrupted, Supervisor
 from .say import SandboxError, problem
 
 _UNIT, _INTEGRATION = "tests/unit", "tests/integration"
+_MUTATION = "tests/mutation/run.py"
 _NO_TEST_RAN = 5  # pytest's exit code
 _NEVER_COPIED = (".hypothesis", ".git", ".sandbox", ".venv", "evidence", "__pycache__")
 
@@ -25,6 +26,18 @@ _NEVER_COPIED = (".hypothesis", ".git", ".sandbox", ".venv", "evidence", "__pyca
 def test(layout: Layout, majors: Sequence[int], arguments: Sequence[str]) -> int:
     """Run the tests; returns 0 only when some ran and none failed. `arguments` go to pytest; when they name files,
     only these run."""
+    return _as_tests(layout, lambda checkout: _runs(layout, checkout, majors, arguments))
+
+
+def mutation(layout: Layout, major: int, arguments: Sequence[str]) -> int:
+    """Take away one guard after the other and demand that a test fails; `arguments` choose by name. Returns 0 when
+    every mutation was caught."""
+    argv = [str(layout.python), _MUTATION, *arguments]
+    return _as_tests(layout, lambda _checkout: [(major, argv)])
+
+
+def _as_tests(layout: Layout, runs: Callable[[Path], list[tuple[int, list[str]]]]) -> int:
+    """Run (major, argv)s as the tests' user, in a checkout that this user may write to, and clear up after them."""
     with lock(layout, "test", f"tests are running already in {layout.root}; wait for them to end"):
         checkout = layout.checkout
         if layout.account.is_other:
@@ -32,11 +45,12 @@ def test(layout: Layout, majors: Sequence[int], arguments: Sequence[str]) -> int
             _hand_over(layout, checkout)
         shutil.rmtree(layout.test_tmp, ignore_errors=True)
         make_private(layout.test_tmp, layout.account)
+        small = smallfs.mount(layout)
         try:
             with Supervisor(lambda: postgresql.stop_all(layout, layout.test_tmp)) as supervisor:
                 codes = [
-                    supervisor.run(argv, _environment(layout, checkout, major), checkout, layout.account)
-                    for major, argv in _runs(layout, checkout, majors, arguments)
+                    supervisor.run(argv, _environment(layout, checkout, major, small), checkout, layout.account)
+                    for major, argv in runs(checkout)
                 ]
         except Interrupted as interruption:
             problem(str(interruption))
@@ -69,7 +83,7 @@ def _runs(
     return runs + [(major, [*pytest, *arguments, _INTEGRATION]) for major in majors]
 
 
-def _environment(layout: Layout, checkout: Path, major: int) -> dict[str, str]:
+def _environment(layout: Layout, checkout: Path, major: int, small: Path | None) -> dict[str, str]:
     env = environment(layout)
     # pytest finds ansible_collections.pgdrill.pitr here and ansible_collections.community in the venv: both are parts
     # of one namespace package (PEP 420), as neither has an __init__.py.
@@ -80,6 +94,8 @@ def _environment(layout: Layout, checkout: Path, major: int) -> dict[str, str]:
     env["TMPDIR"] = str(layout.test_tmp)
     env["PGDRILL_TEST_BIN_DIR"] = str(layout.bin_dir(major))
     env["PGDRILL_TEST_PG"] = str(major)
+    if small is not None:
+        env.setdefault("PGDRILL_TEST_SMALL_FS", str(small))
     env.update(programs.variables(layout))
     # What was fetched comes last: of the system's own programs none is replaced.
     env["PATH"] += f"{os.pathsep}{layout.programs}"
