@@ -182,7 +182,12 @@ class Primary:
         argv += ["-d", self.conninfo(replication="true"), "-c", text]
         try:
             done = subprocess.run(
-                argv, env=self.environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False
+                argv,
+                env=self.environment(),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=timeout,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             raise PitrError(f"{self} did not answer within {timeout:g} seconds.") from None
@@ -505,8 +510,8 @@ class Receiver:
         here = behind(files)
         if here is not None and facts.timeline < here.timeline:
             raise _Refused(
-                f"{self._primary} is on timeline {facts.timeline}, and timeline {here.timeline} was received already: it"
-                " is an old primary, or a standby that does not follow. Refused; nothing was received."
+                f"{self._primary} is on timeline {facts.timeline}, and timeline {here.timeline} was received already:"
+                " it is an old primary, or a standby that does not follow. Refused; nothing was received."
             )
         slot = self._ensure_slot(here)
         if here is None:

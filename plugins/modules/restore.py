@@ -131,8 +131,9 @@ options:
     type: path
   use_partial:
     description:
-      - Go on with what a receiver has and the archive has not, see M(pgdrill.pitr.receiver). Only with files that continue
-        the archive without a hole on the timeline of the plan, and that are this cluster's WAL of that position.
+      - Go on with what a receiver has and the archive has not, see M(pgdrill.pitr.receiver). Only with files that
+        continue the archive without a hole on the timeline of the plan, and that are this cluster's WAL of that
+        position.
       - Without it the plan's notes tell when there is such WAL, and how far it reaches.
     type: bool
     default: false

@@ -26,6 +26,7 @@ from ansible_collections.pgdrill.pitr.tests.integration.receiving import (
     APPLICATION,
     SLOT,
     Receiving,
+    armed,
     content,
     mark,
     unbroken,
@@ -75,7 +76,9 @@ def test_received_segments_are_the_servers_own(sandbox: MakeSandbox, receiver: M
         original = primary.server.data / "pg_wal" / stored.name
         assert content(stored) == original.read_bytes()
     # The newest finished one stays, so that pg_receivewal knows where to go on.
-    until(lambda: [path.name for path in receiving.spool.iterdir() if len(path.name) == 24] == names[-1:], "a tidy spool")
+    until(
+        lambda: [path.name for path in receiving.spool.iterdir() if len(path.name) == 24] == names[-1:], "a tidy spool"
+    )
     assert primary.server.value("SELECT active FROM pg_replication_slots WHERE slot_name = %s", SLOT)
     receiving.stop()
     assert receiving.streams == []
@@ -103,7 +106,11 @@ class Load:
             try:
                 with self._server.connection() as connection:
                     while not self._done.is_set():
-                        query(connection, "INSERT INTO load VALUES (%s, repeat(md5(%s), 400))", (self.rows, str(self.rows)))
+                        query(
+                            connection,
+                            "INSERT INTO load VALUES (%s, repeat(md5(%s), 400))",
+                            (self.rows, str(self.rows)),
+                        )
                         self.rows += 1
             except (PitrError, psycopg2.Error):
                 # Somewhere between two rows; the one under way may be there or not.
@@ -140,9 +147,7 @@ def test_pushed_and_received_wal_is_the_same_and_no_conflict(
     assert restored(primary).run().phase == "end"
 
 
-def test_restart_of_the_server_leaves_no_hole(
-    sandbox: MakeSandbox, receiver: MakeReceiver, restored: Restore
-) -> None:
+def test_restart_of_the_server_leaves_no_hole(sandbox: MakeSandbox, receiver: MakeReceiver, restored: Restore) -> None:
     primary = sandbox(settings=ALONE)
     receiving = receiver(primary).start()
     primary.backup("only")
@@ -188,7 +193,9 @@ def test_receiver_killed_at_random_moments_leaves_no_hole(
     primary.server.stop()
     result = restored(primary).run()
     assert result.phase == "end"
-    assert result.server.value("SELECT count(*)::text || md5(string_agg(filler, '' ORDER BY number)) FROM load") == wanted
+    assert (
+        result.server.value("SELECT count(*)::text || md5(string_agg(filler, '' ORDER BY number)) FROM load") == wanted
+    )
     print(f"\nreceiver: {KILLS} kills, {len(names)} segments, no hole")
 
 
@@ -222,7 +229,7 @@ def test_commit_waits_for_a_synchronous_receiver(sandbox: MakeSandbox, receiver:
     receiving = receiver(primary, synchronous=True).start()
     primary.configure({"synchronous_standby_names": f'"{APPLICATION}"'})
     primary.server.sql("SELECT pg_reload_conf()")
-    until(lambda: primary.server.value("SELECT sync_state FROM pg_stat_replication") == "sync", "a synchronous receiver")
+    until(lambda: armed(primary.server), "a synchronous receiver")
     primary.commit("acknowledged")
     receiving.stop()
     done = threading.Event()
@@ -244,7 +251,7 @@ def test_stalled_synchronous_receiver_is_let_go_by_resetting_the_setting(
     receiving = receiver(primary, synchronous=True).start()
     primary.server.sql(f"ALTER SYSTEM SET synchronous_standby_names = '\"{APPLICATION}\"'")
     primary.server.sql("SELECT pg_reload_conf()")
-    until(lambda: primary.server.value("SELECT sync_state FROM pg_stat_replication") == "sync", "a synchronous receiver")
+    until(lambda: armed(primary.server), "a synchronous receiver")
     receiving.stop()
     thread = threading.Thread(target=primary.commit, args=("waiting",))
     thread.start()
@@ -277,9 +284,7 @@ def test_foreign_cluster_is_refused_and_nothing_is_received(
         other.server.close()
 
 
-def test_segment_of_a_foreign_cluster_in_the_spool_is_put_aside(
-    sandbox: MakeSandbox, receiver: MakeReceiver
-) -> None:
+def test_segment_of_a_foreign_cluster_in_the_spool_is_put_aside(sandbox: MakeSandbox, receiver: MakeReceiver) -> None:
     """A server that was exchanged between the question and the connection."""
     primary = sandbox(settings=ALONE)
     receiving = receiver(primary).start()
@@ -379,8 +384,9 @@ def test_server_on_a_timeline_that_was_left_is_refused(
     assert fingerprint(primary.archive) == before
 
 
+@pytest.mark.parametrize("segments", [0, 3])
 def test_promoted_standby_that_lacks_the_newest_wal_is_followed_from_where_it_left(
-    sandbox: MakeSandbox, receiver: MakeReceiver, standby: Callable[[Sandbox], Server], restored: Restore
+    sandbox: MakeSandbox, receiver: MakeReceiver, standby: Callable[[Sandbox], Server], restored: Restore, segments: int
 ) -> None:
     """The receiver is further on the old timeline than the new primary ever was; nothing of either is lost."""
     primary = sandbox(settings=ALONE)
@@ -391,8 +397,9 @@ def test_promoted_standby_that_lacks_the_newest_wal_is_followed_from_where_it_le
     caught_up(primary.server, follower)
     follower.sql("ALTER SYSTEM SET primary_conninfo = ''")
     follower.sql("SELECT pg_reload_conf()")
-    until(lambda: primary.server.value("SELECT count(*) FROM pg_stat_replication") == 1, "the standby's end of streaming")
-    primary.fill(3)
+    senders = "SELECT count(*) FROM pg_stat_replication"
+    until(lambda: primary.server.value(senders) == 1, "the standby's end of streaming")
+    primary.fill(segments)
     primary.commit("only the receiver has it")
     receiving.wait_for(primary.server)
     received = receiving.partial
@@ -408,10 +415,10 @@ def test_promoted_standby_that_lacks_the_newest_wal_is_followed_from_where_it_le
     unbroken(primary, 2)
     assert archive_info(primary.folder)["gaps"] == []
     # What only the receiver has of the old branch is kept.
+    until(lambda: (receiving.spool / "left" / received.name).exists(), "what was put aside")
     assert (receiving.spool / "left" / received.name).read_bytes() == old
     follower.stop()
     assert restored(primary).run().phase == "on the new timeline"
-    assert restored(primary, {"recovery_target_timeline": "1"}).run().phase == "both have it"
 
 
 def test_restored_cluster_is_received_from_when_it_is_accepted_and_not_before(
@@ -451,9 +458,7 @@ def test_restored_cluster_is_received_from_when_it_is_accepted_and_not_before(
 # --- slots
 
 
-def test_invalidated_slot_is_told_by_name_and_the_gap_is_told(
-    sandbox: MakeSandbox, receiver: MakeReceiver
-) -> None:
+def test_invalidated_slot_is_told_by_name_and_the_gap_is_told(sandbox: MakeSandbox, receiver: MakeReceiver) -> None:
     primary = sandbox(settings={**ALONE, "max_slot_wal_keep_size": "2MB", "max_wal_size": "2MB"})
     receiving = receiver(primary).start()
     primary.fill(2)
@@ -667,7 +672,7 @@ def test_password_is_in_a_private_file_and_never_among_arguments(sandbox: MakeSa
     assert fingerprint(holding[0]) == before
 
 
-def test_receiver_ends_upon_sigterm_with_all_that_has_come_on_disk(sandbox: MakeSandbox, receiver: MakeReceiver) -> None:
+def test_receiver_ends_upon_sigterm_with_all_that_came_on_disk(sandbox: MakeSandbox, receiver: MakeReceiver) -> None:
     primary = sandbox(settings=ALONE)
     receiving = receiver(primary).start()
     lsn = receiving.wait_for(primary.server)

@@ -236,7 +236,6 @@ def test_partial_that_is_finished_and_archived_between_plan_and_copy_comes_from_
     partial = spool(copied) / f"{burnt.name}.partial"
     whole = partial.rename(partial.with_name(burnt.name))
     push(str(whole), str(copied.repository), CLUSTER)
-    whole.unlink()
     work.execute(plan)
     assert plan.from_receiver == (burnt.name,)
     assert not (tmp_path / "data" / "pg_wal" / burnt.name).exists()
