@@ -319,7 +319,8 @@ class Restore:
             nearest = f"That one begins at LSN {reach}." if reach is not None else "There is no whole record in it."
             raise RefusedError([Refusal("target_beyond_archive", message, nearest)])
         notes.append(
-            f"{', '.join(used)} from the receiver's spool, not archived yet; the last record there begins at LSN {reach}"
+            f"{', '.join(used)} from the receiver's spool, not archived yet; the last record there begins at LSN"
+            f" {reach}"
         )
         at_least = reach if result.target.kind == "latest" else None
         return replace(result, notes=(*result.notes, *notes), from_receiver=used, at_least=at_least)
@@ -329,8 +330,8 @@ class Restore:
         self._add_tail(index)
         names = self._tail.names if self._tail else ()
         return (
-            f"the receiver's spool holds WAL that is not archived yet: {', '.join(names)}, its last record begins at LSN"
-            f" {self._tail_reach(index)}; use_partial (restore_use_partial) would replay it"
+            f"the receiver's spool holds WAL that is not archived yet: {', '.join(names)}, its last record begins at"
+            f" LSN {self._tail_reach(index)}; use_partial (restore_use_partial) would replay it"
         )
 
     def _hint(self, refusal: Refusal, index: ArchiveIndex) -> Refusal:

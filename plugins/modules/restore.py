@@ -129,6 +129,14 @@ options:
     description:
       - For O(state=undone) and O(state=settled), what RV(moved_aside) was.
     type: path
+  use_partial:
+    description:
+      - Go on with what a receiver has and the archive has not, see M(pgdrill.pitr.receiver). Only with files that
+        continue the archive without a hole on the timeline of the plan, and that are this cluster's WAL of that
+        position.
+      - Without it the plan's notes tell when there is such WAL, and how far it reaches.
+    type: bool
+    default: false
   defer_above:
     description:
       - Only plan when the backup is larger than this many bytes. The action plugin uses it to run a
@@ -196,6 +204,8 @@ plan:
     end_lsn: 0/8000000
     backup_bytes: 23443211
     notes: []
+    from_receiver: []
+    at_least: null
 backup:
   description: Label of the backup.
   returned: with O(state=present)
@@ -271,6 +281,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "moved_aside": {"type": "path"},
     "identity": {"type": "path"},
     "verify": {"type": "bool", "default": True},
+    "use_partial": {"type": "bool", "default": False},
     "defer_above": {"type": "int"},
 }
 REQUIRED_IF = [("state", "undone", ["moved_aside"]), ("state", "settled", ["moved_aside"])]
@@ -294,6 +305,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         archive_after=params["archive_after"],
         verify=params["verify"],
         identity=os.path.abspath(params["identity"]) if params["identity"] else "",
+        use_partial=params["use_partial"],
     )
     if params["state"] == "settled":
         return {"changed": settle(request, params["moved_aside"], module.check_mode), "moved_aside": ""}

@@ -19,6 +19,8 @@ BACKUP = "tests/integration/test_base_backup.py"
 ARCHIVING = "tests/integration/test_archiving.py"
 ARCHIVE = "tests/unit/test_archive.py"
 ARCHIVE_FAULTS = "tests/integration/test_archive_faults.py"
+RECEIVER = "tests/integration/test_receiver.py"
+PARTIAL = "tests/integration/test_receiver_partial.py"
 
 
 @dataclass(frozen=True)
@@ -861,7 +863,188 @@ MUTATIONS = (
         "        if False:\n",
         f"{ARCHIVING}::test_probe_refuses_a_server_that_does_not_archive",
     ),
+    # --- receiver
+    _mutation(
+        "a foreign cluster is received from",
+        "receiver",
+        "if facts.system_identifier != place.chapter.system_identifier:",
+        "if False:",
+        f"{RECEIVER}::test_foreign_cluster_is_refused_and_nothing_is_received",
+    ),
+    _mutation(
+        "a restored cluster that nobody has accepted is received from",
+        "receiver",
+        "if not self._primary.is_accepted():",
+        "if False:",
+        f"{RECEIVER}::test_restored_cluster_is_received_from_when_it_is_accepted_and_not_before",
+    ),
+    _mutation(
+        "a restored cluster does not say that it is not accepted",
+        "restore",
+        'settings[ACCEPTED] = "off"',
+        "pass",
+        f"{RECEIVER}::test_restored_cluster_is_received_from_when_it_is_accepted_and_not_before",
+    ),
+    _mutation(
+        "an old primary is received from",
+        "receiver",
+        "if here is not None and facts.timeline < here.timeline:",
+        "if False:",
+        f"{RECEIVER}::test_server_on_a_timeline_that_was_left_is_refused",
+    ),
+    _mutation(
+        "two receivers of one cluster",
+        "receiver",
+        "        lock = try_lock(lock_path(place.folder))\n        if lock is None:\n",
+        "        lock = try_lock(lock_path(place.folder)) or os.dup(2)\n        if lock is None:\n",
+        f"{RECEIVER}::test_second_receiver_of_a_cluster_ends_and_the_first_goes_on",
+    ),
+    _mutation(
+        "a pg_receivewal that was left over goes on",
+        "receiver",
+        "            for pid in holders(path):\n                if pid not in asked",
+        "            for pid in ():\n                if pid not in asked",
+        f"{RECEIVER}::test_pg_receivewal_that_has_outlived_its_supervisor_is_ended_by_the_next_one",
+    ),
+    _mutation(
+        "the newest finished segment leaves the spool",
+        "receiver",
+        "if file is not finished[-1]:",
+        "if True:",
+        f"{RECEIVER}::test_received_segments_are_the_servers_own",
+    ),
+    _mutation(
+        "a gap behind a lost slot is not told",
+        "receiver",
+        "self._tell(not_received=missing, not_received_at=_now())",
+        "pass",
+        f"{RECEIVER}::test_invalidated_slot_is_told_by_name_and_the_gap_is_told",
+    ),
+    _mutation(
+        "a lost slot is not told",
+        "receiver",
+        "self._tell(slot_lost_at=_now())",
+        "pass",
+        f"{RECEIVER}::test_invalidated_slot_is_told_by_name_and_the_gap_is_told",
+    ),
+    _mutation(
+        "a segment of a foreign cluster stays in the spool",
+        "receiver",
+        "if identifier != place.chapter.system_identifier:",
+        "if False:",
+        f"{RECEIVER}::test_segment_of_a_foreign_cluster_in_the_spool_is_put_aside",
+    ),
+    _mutation(
+        "a file of a wrong size stays in the spool",
+        "receiver",
+        "elif size or not file.partial:",
+        "elif False:",
+        f"{RECEIVER}::test_file_of_a_wrong_size_with_wal_in_it_is_put_aside",
+    ),
+    _mutation(
+        "WAL in a file of a wrong size is thrown away",
+        "receiver",
+        "elif size and file.partial and _is_zero(path):",
+        "elif size and file.partial:",
+        f"{RECEIVER}::test_file_of_a_wrong_size_with_wal_in_it_is_put_aside",
+    ),
+    _mutation(
+        "WAL of a branch that was left is thrown away",
+        "receiver",
+        "if reach is None or reach <= after[0].lsn:",
+        "if True:",
+        f"{RECEIVER}::test_promoted_standby_that_lacks_the_newest_wal_is_followed_from_where_it_left[0]",
+    ),
+    _mutation(
+        "a position that the server's past does not hold is asked for",
+        "spool",
+        "and (span.end is None or position <= span.end):",
+        "and True:",
+        "tests/unit/test_spool.py::test_receiving_goes_on_where_the_servers_past_leaves_ours",
+        f"{RECEIVER}::test_promoted_standby_that_lacks_the_newest_wal_is_followed_from_where_it_left[3]",
+    ),
+    _mutation(
+        "the slot of a foreign cluster is dropped",
+        "receiver_control",
+        "                self._folder.require(facts.system_identifier)\n",
+        "",
+        f"{RECEIVER}::test_slot_of_a_foreign_cluster_is_not_dropped",
+    ),
+    _mutation(
+        "the status of a life that has ended is taken for a living one",
+        "receiver_control",
+        'if status and (not pid or status.get("pid") != pid):',
+        "if False:",
+        f"{RECEIVER}::test_receiver_ends_upon_sigterm_with_all_that_came_on_disk",
+    ),
+    # --- what a receiver has beyond the archive
+    _mutation(
+        "a torn partial segment is used",
+        "tail",
+        "    if size != chapter.wal_segment_size:\n        raise PitrError(",
+        "    if False:\n        raise PitrError(",
+        f"{PARTIAL}::test_wrong_partial_is_never_used[_torn]",
+    ),
+    _mutation(
+        "a partial segment's first page is not looked at",
+        "tail",
+        "    segment = WalFile.parse(WalFile.parse(name).segment)\n    check_segment(head,",
+        "    segment = WalFile.parse(WalFile.parse(name).segment)\n    (lambda *_all: None)(head,",
+        f"{PARTIAL}::test_wrong_partial_is_never_used[_of_another_cluster]",
+        f"{PARTIAL}::test_wrong_partial_is_never_used[_of_another_position]",
+        f"{PARTIAL}::test_wrong_partial_is_never_used[_written_on_another_timeline]",
+        f"{PARTIAL}::test_wrong_partial_is_never_used[_without_a_first_page]",
+    ),
+    _mutation(
+        "a partial segment that is not the next one is used",
+        "tail",
+        "number = last + 1",
+        "number = files[-1].number if files else 0",
+        f"{PARTIAL}::test_wrong_partial_is_never_used[_not_the_next_one]",
+    ),
+    _mutation(
+        "the receiver's segment is used though the archive has it by now",
+        "tail",
+        "        if folder.tree.exists(stored):\n            return False\n        with",
+        "        with",
+        f"{PARTIAL}::test_partial_that_is_finished_and_archived_between_plan_and_copy_comes_from_the_archive",
+    ),
+    _mutation(
+        "a partial segment is used unasked",
+        "restore",
+        "        if self._request.use_partial:\n            self._add_tail(index)\n",
+        "        self._add_tail(index)\n",
+        f"{PARTIAL}::test_partial_is_only_told_of_when_not_asked_for",
+    ),
+    _mutation(
+        "a target behind the partial segment's end is tried",
+        "restore",
+        "if lsn is not None and (reach is None or reach < lsn):",
+        "if False:",
+        f"{PARTIAL}::test_target_behind_the_partials_last_record_is_refused",
+    ),
+    _mutation(
+        "a copied partial segment is not looked at again",
+        "restore",
+        "if result.at_least is not None and (reach is None or reach < result.at_least):",
+        "if False:",
+        f"{PARTIAL}::test_partial_that_changes_between_plan_and_copy_fails_and_the_old_directory_stays[shorter]",
+    ),
+    _mutation(
+        "a recovery that stops before the receiver's last record is believed",
+        "recovery",
+        'begin = Lsn.parse(str(planned["at_least"])) if planned.get("at_least") else _last_segment(planned)',
+        "begin = _last_segment(planned)",
+        "tests/unit/test_recovery.py::test_recovery_that_ends_before_the_receivers_last_record_is_no_success",
+    ),
     # --- roles
+    Mutation(
+        "receiver: commits may wait for a receiver that is stopped",
+        "roles/receiver/tasks/preflight.yml",
+        "that: not receiver_synchronous or receiver_state == 'started'",
+        "that: true",
+        ("tests/integration/test_receiver_playbook.py",),
+    ),
     Mutation(
         "drill: a drill needs no confirmation",
         "roles/drill/tasks/preflight.yml",
