@@ -361,6 +361,6 @@ def test_encryption_is_turned_on_by_a_variable_and_a_restore_wants_the_key(fresh
     assert "identity_wrong" in fresh.fail("restore", **confirmed, restore_identity=str(other.path))
     assert fingerprint(fresh.run_dir / "primary", fresh.repository) == files
     output = fresh.succeed("restore", "-vvv", **confirmed, restore_identity=str(key.path))
-    assert fresh.server.phase == "encrypted" and str(key.path) in output and secret not in output
+    assert fresh.server.phase == "encrypted" and secret not in output
     trees = [path for path in fresh.run_dir.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
     assert trees == []

@@ -865,9 +865,9 @@ MUTATIONS = (
     ),
     _mutation(
         "one segment stands for all recipients",
-        "restore",
-        "if header is not None and header.recipients not in tried:",
-        "if header is not None and not tried:",
+        "crypt",
+        "        found.setdefault(header.recipients, paths[at])\n",
+        "        found.setdefault(next(iter(found), header.recipients), paths[at])\n",
         f"{ENCRYPTION}::test_recipients_that_change_need_both_identities",
     ),
     _mutation(

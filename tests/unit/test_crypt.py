@@ -587,6 +587,23 @@ def test_reader_that_is_left_in_the_middle_leaves_no_process(site: Site, key: Ke
         assert os.times().elapsed < deadline
 
 
+class _Far(Tree):
+    is_far = True
+
+
+def test_every_set_of_recipients_is_found_near_and_at_its_borders_far(site: Site, key: Key, other: Key) -> None:
+    paths = []
+    for number in range(40):
+        if number in (0, 13, 20):
+            site.encrypt_to(*{0: [], 13: [key.public], 20: [other.public]}[number])
+        paths.append(str(site.push(wal_name(1, number), segment(1, number))))
+    ids = [recipients_id([key.public]), recipients_id([other.public])]
+    assert crypt.by_recipients(Tree(), paths) == {ids[0]: paths[13], ids[1]: paths[20]}
+    far = crypt.by_recipients(_Far(), paths)
+    assert set(far) == set(ids) and far[ids[0]] in paths[13:20] and far[ids[1]] in paths[20:]
+    assert crypt.by_recipients(_Far(), paths[:5]) == crypt.by_recipients(_Far(), []) == {}
+
+
 # --- failures while writing
 
 
@@ -662,7 +679,10 @@ def test_damaged_recipients_are_never_taken_for_none(site: Site, key: Key, value
 def test_small_files_tell_by_their_first_bytes_that_they_are_encrypted(site: Site) -> None:
     stored = site.push(NAME, CONTENT)
     assert stored.read_bytes().startswith(crypt.PREFIX) and stored.read_bytes()[LENGTH:].startswith(crypt.AGE)
-    assert codec.is_encrypted(str(stored)) and not codec.is_encrypted(str(site.pg_wal / NAME))
+    for path, encrypted in ((stored, True), (site.pg_wal / NAME, False)):
+        source = Tree().open(str(path))
+        assert codec.is_encrypted(source) is encrypted
+        source.close()
     assert archive.same_content(str(stored), Tree(), os.open(site.pg_wal / NAME, os.O_RDONLY))
 
 
