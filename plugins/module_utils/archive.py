@@ -189,8 +189,9 @@ def get(
 ) -> None:
     """Fetch one file of the archive to ``target`` (PostgreSQL's %p), whole and checked, or not at all.
 
-    ``system_identifier`` selects the chapter; without it, the newest. ``access`` as for tree_for; its ``identity`` opens
-    what is encrypted. Raises Absent when the file is proven not to be there, PitrError or OSError for everything else.
+    ``system_identifier`` selects the chapter; without it, the newest. ``access`` as for tree_for; its ``identity``
+    opens what is encrypted. Raises Absent when the file is proven not to be there, PitrError or OSError for everything
+    else.
     """
     wal_file = WalFile.parse(name)
     folder = ClusterFolder.open(repository, cluster, access)

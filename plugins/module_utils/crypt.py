@@ -83,7 +83,8 @@ def parse_header(head: bytes, name: str) -> Header:
     """
     fields = head[:LENGTH].split(b" ")
     version = fields[1] if len(fields) > 1 else b""
-    if head.startswith(PREFIX) and version != VERSION and version.isdigit() and version[:1] != b"0" and len(version) < 6:
+    is_number = version.isdigit() and version[:1] != b"0" and len(version) < 6
+    if head.startswith(PREFIX) and is_number and version != VERSION:
         raise PitrError(f"{name} was encrypted by a newer version of pgdrill.pitr. Update it here.", path=name)
     if len(fields) == 6 and [len(field) for field in fields[2:]] == [64, 64, 12, 17]:
         content, stored, size, recipients = fields[2:]

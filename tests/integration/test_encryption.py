@@ -235,7 +235,9 @@ def test_recipients_that_change_need_both_identities(
     both.chmod(0o600)
     assert restored(encrypted, identity=str(both)).run().phase == "new key"
     # What lies before the change needs the old one only.
-    first = next(path for path in encrypted.segments() if path.read_bytes()[154:170].decode() == recipients_id([key.public]))
+    first = next(
+        path for path in encrypted.segments() if path.read_bytes()[154:170].decode() == recipients_id([key.public])
+    )
     plan = encrypted.plan(tmp_path / "elsewhere", {"recovery_target": "immediate"}, identity=str(key.path))
     assert plan.first_segment >= first.name
 
@@ -364,7 +366,12 @@ def test_primary_without_age_keeps_its_wal_until_age_is_there(
     # The archiver's own search path, with a place of its own for age, and the usual ones hidden.
     lib = Path(primary.wal_command).parent / "lib" / "pgdrill_pitr" / "codec.py"
     hidden = lib.read_text()
-    lib.write_text(hidden.replace("def which(command: str) -> str | None:", "def which(command):\n    return None if command == 'age' else _which(command)\n\n\ndef _which(command):"))
+    lib.write_text(
+        hidden.replace(
+            "def which(command: str) -> str | None:",
+            "def which(command):\n    return None if command == 'age' else _which(command)\n\n\ndef _which(command):",
+        )
+    )
     primary.server.start()
     primary.commit("waiting")
     primary.fill(2)
@@ -397,9 +404,7 @@ def test_probe_notices_other_content_without_a_key(encrypted: Sandbox) -> None:
 # --- backups
 
 
-def test_backup_without_age_is_refused_before_it_begins(
-    encrypted: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backup_without_age_is_refused_before_it_begins(encrypted: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crypt, "which", lambda command: None)
     with pytest.raises(PitrError, match="age is not installed"):
         encrypted.backup("none")
@@ -567,7 +572,7 @@ def test_repository_host_takes_no_encrypted_file_that_is_not_whole(remote: Acces
     before = tree(remote.repository)
     for number, data in enumerate((whole[:-1], whole[:LENGTH], whole[:50], short.line() + whole[LENGTH:]), 10):
         place = folder.wal_path(WalFile.parse(wal_name(1, number)))
-        with pytest.raises(PitrError, match="is damaged|can be right"), folder.tree.adding(place) as temporary:
+        with pytest.raises(PitrError, match=r"is damaged|can be right"), folder.tree.adding(place) as temporary:
             Path(temporary).write_bytes(data)
     assert tree(remote.repository) == before
     with folder.tree.adding(folder.wal_path(WalFile.parse(wal_name(1, 20)))) as temporary:

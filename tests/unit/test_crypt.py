@@ -504,7 +504,12 @@ def test_changed_bit_anywhere_is_refused(whole: tuple[Site, bytes], key: Key) ->
     stored = site.stored(NAME)
     line = [place for place in range(LENGTH) if not LENGTH - 17 <= place < LENGTH - 1]
     try:
-        for offset in [*line[::3], *range(LENGTH, LENGTH + 300, 7), *range(LENGTH + 300, len(data), 50021), len(data) - 1]:
+        for offset in [
+            *line[::3],
+            *range(LENGTH, LENGTH + 300, 7),
+            *range(LENGTH + 300, len(data), 50021),
+            len(data) - 1,
+        ]:
             changed = bytearray(data)
             changed[offset] ^= 1
             stored.write_bytes(changed)
@@ -530,7 +535,10 @@ def test_content_that_is_not_what_was_stored_is_refused(site: Site, key: Key) ->
     header.stored = hashlib.sha256(forged).hexdigest()
     stored.write_bytes(header.line() + forged)
     assert "its content is not what was stored" in site.refused(NAME, key.path).message
-    with pytest.raises(PitrError, match="not what was stored"), codec.open_reader(str(stored), Tree(key.path)) as reader:
+    with (
+        codec.open_reader(str(stored), Tree(key.path)) as reader,
+        pytest.raises(PitrError, match="not what was stored"),
+    ):
         reader.read()
 
 
@@ -684,5 +692,3 @@ def test_small_files_tell_by_their_first_bytes_that_they_are_encrypted(site: Sit
         assert codec.is_encrypted(source) is encrypted
         source.close()
     assert archive.same_content(str(stored), Tree(), os.open(site.pg_wal / NAME, os.O_RDONLY))
-
-
