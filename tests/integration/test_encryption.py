@@ -308,6 +308,17 @@ def test_damaged_manifest_is_not_called_a_wrong_identity(encrypted: Sandbox, key
     assert list(refusals(encrypted, encrypted.server.data, identity=str(key.path))) == ["backup_damaged"]
 
 
+@pytest.mark.parametrize("offset", [20, LENGTH + 40], ids=["line", "stanza"])
+def test_damaged_segment_that_the_plan_comes_upon_is_a_refusal(encrypted: Sandbox, key: Identity, offset: int) -> None:
+    encrypted.backup("only")
+    encrypted.probe()
+    encrypted.server.stop()
+    plan = encrypted.plan(encrypted.server.data, force=True, identity=str(key.path))
+    flip(next(path for path in encrypted.segments() if path.name == plan.first_segment), offset)
+    found = refusals(encrypted, encrypted.server.data, identity=str(key.path))
+    assert list(found) == ["archive_damaged"] and plan.first_segment in found["archive_damaged"]
+
+
 # --- damage during recovery
 
 
