@@ -93,21 +93,28 @@ def _history_text(wal_file: WalFile, folder: ClusterFolder, chapter: Chapter, pg
 
 def same_content(stored: str, tree: Tree, source: int) -> bool:
     """Whether a stored file has the content of this open one. Raises PitrError when it is damaged."""
-    if codec.is_encrypted(stored, tree):
-        from .crypt import content_digest, verify_stored
+    held = tree.open(stored)
+    try:
+        if codec.is_encrypted(held):
+            from .crypt import check_stored, content_digest
 
-        # This host cannot decrypt it. Its first line tells the content, and that what follows is whole.
-        header = verify_stored(tree, stored)
-        return (header.content, header.size) == content_digest(source)
-    os.lseek(source, 0, os.SEEK_SET)
-    with codec.open_reader(stored, tree) as reader:
-        while True:
-            ours = os.read(source, codec.CHUNK)
-            theirs = reader.read(len(ours) or 1)
-            if ours != theirs:
-                return False
-            if not ours:
-                return True
+            # This host cannot decrypt it. Its first line tells the content, and that what follows is whole.
+            header = check_stored(held)
+            return (header.content, header.size) == content_digest(source)
+        os.lseek(source, 0, os.SEEK_SET)
+        reader = codec.Reader(held)
+        try:
+            while True:
+                ours = os.read(source, codec.CHUNK)
+                theirs = reader.read(len(ours) or 1)
+                if ours != theirs:
+                    return False
+                if not ours:
+                    return True
+        finally:
+            reader.close()
+    finally:
+        held.close()
 
 
 def _content_size(stored: str, tree: Tree) -> int:
@@ -227,8 +234,9 @@ def get(
 ) -> None:
     """Fetch one file of the archive to ``target`` (PostgreSQL's %p), whole and checked, or not at all.
 
-    ``system_identifier`` selects the chapter; without it, the newest. ``identity``: path of the file with the keys to
-    what is encrypted. Raises Absent when the file is proven not to be there, PitrError or OSError for everything else.
+    ``system_identifier`` selects the chapter; without it, the newest. ``access`` as for tree_for; its ``identity``
+    opens what is encrypted. Raises Absent when the file is proven not to be there, PitrError or OSError for everything
+    else.
     """
     wal_file = WalFile.parse(name)
     folder = ClusterFolder.open(repository, cluster, access)

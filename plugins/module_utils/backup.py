@@ -474,19 +474,19 @@ def sweep(folder: ClusterFolder) -> list[str]:
         if not (name.startswith(".") and name.endswith(".partial")):
             continue
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
             # It has just been finished, or is not a directory of ours.
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(held), os.stat(path)):
                 shutil.rmtree(path)
                 removed.append(path)
         except (BlockingIOError, FileNotFoundError):
             pass
         finally:
-            os.close(descriptor)
+            os.close(held)
     return removed
 
 

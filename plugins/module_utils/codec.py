@@ -402,25 +402,17 @@ class Reader:
             pipeline.kill()
 
 
-def _encrypted(head: bytes) -> bool:
-    # As in crypt.py, which is not imported for every file.
-    return head.startswith((b"pitr-age ", b"age-encryption.org/"))
-
-
-def is_encrypted(path: str, tree: Tree = LOCAL) -> bool:
+def is_encrypted(source: Source) -> bool:
     """Whether a stored file is encrypted, by its first bytes."""
-    source = tree.open(path)
-    try:
-        return _encrypted(source.peek(32))
-    finally:
-        source.close()
+    # As in crypt.py, which is not imported for every file.
+    return source.peek(32).startswith((b"pitr-age ", b"age-encryption.org/"))
 
 
 def open_source(path: str, tree: Tree = LOCAL) -> Source:
     """The stored bytes of a file; those inside of it when it is encrypted. Raises as open_reader does."""
     source = tree.open(path)
     try:
-        if _encrypted(source.peek(32)):
+        if is_encrypted(source):
             from .crypt import Decrypted
 
             return Decrypted(source, tree.identity)

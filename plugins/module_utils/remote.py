@@ -346,6 +346,8 @@ def _content(frame: tuple[bytes, bytes], size: int, path: str) -> bytes | None:
 class SshTree(Tree):
     """A repository on another host."""
 
+    is_far = True
+
     def __init__(self, repository: str, settings: Mapping[str, str] | None = None) -> None:
         """Connects to nothing yet.
 

@@ -25,7 +25,7 @@ from typing import Any
 from . import extract, recovery_conf, tail
 from .backup import damaged_backups, stored_backups
 from .catalog import Backup
-from .crypt import LockedError, check_identity, read_header, recipients_id, try_identity
+from .crypt import LockedError, by_recipients, check_identity, recipients_id, try_identity
 from .errors import PitrError
 from .index import ArchiveIndex, scan
 from .plan import (
@@ -134,7 +134,8 @@ class Restore:
         """Decide without touching anything. Raises RefusedError with every reason that can be known now."""
         target = self._target()
         try:
-            folder = ClusterFolder.open(self._request.repository, self._request.cluster, {"identity": self._request.identity})
+            access = {"identity": self._request.identity}
+            folder = ClusterFolder.open(self._request.repository, self._request.cluster, access)
         except PitrError as error:
             raise RefusedError([*self._refusals, Refusal("repository", error.message)]) from None
         self._folder = folder
@@ -421,14 +422,19 @@ class Restore:
                 lambda: try_identity(tree, extract.check_manifest(result.backup, stored, tree)),
                 result.backup.encryption,
             )
+        if not (self._folder.recipients or self._folder.former_recipients):
+            # None of the WAL can be encrypted.
+            return
         chapter = self._folder.require(result.backup.system_identifier)
-        tried = set()
-        for name in segment_names(result, index):
-            path = self._folder.wal_path(WalFile.parse(name), chapter)
-            header = read_header(tree, path)
-            if header is not None and header.recipients not in tried:
-                tried.add(header.recipients)
-                self._try("archive_damaged", partial(try_identity, tree, path), header.recipients)
+        names = [name for name in segment_names(result, index) if name not in result.from_receiver]
+        paths = [self._folder.wal_path(WalFile.parse(name), chapter) for name in names]
+        try:
+            found = by_recipients(tree, paths)
+        except PitrError as error:
+            self._refuse("archive_damaged", error.message)
+            return
+        for recipients, path in found.items():
+            self._try("archive_damaged", partial(try_identity, tree, path), recipients)
 
     def _try(self, code: str, action: Callable[[], None], recipients: str = "") -> None:
         """Refuse with the reason of what fails, or with ``code`` when no key is to blame."""

@@ -35,7 +35,6 @@ STALLED = 300.0
 # Bytes of one frame from the client, and of a stored history or backup file.
 LIMIT = 512 * 1024
 SMALL = 1024 * 1024
-ENCRYPTED = b"pitr-age "
 
 
 class Server:
@@ -171,9 +170,15 @@ class Server:
     def _check(self, descriptor: int, path: str, wal_file: WalFile, chapter: Chapter) -> None:
         """Whether this is what its name says. Raises PitrError. Encrypted content cannot be looked at here."""
         source = Source(descriptor, path)
-        if source.peek(len(ENCRYPTED)) == ENCRYPTED:
-            return
         is_segment = wal_file.kind in ("segment", "partial")
+        if codec.is_encrypted(source) and wal_file.kind != "history":
+            from .crypt import check_stored
+
+            # The client has compared the content; whether it has arrived whole can be seen without a key.
+            size = check_stored(source).size
+            if is_segment and size != chapter.wal_segment_size:
+                raise PitrError(f"{path} would hold {size} bytes; {chapter.wal_segment_size} can be right. Refused.")
+            return
         most = chapter.wal_segment_size if is_segment else SMALL
         reader = codec.Reader(source)
         try:

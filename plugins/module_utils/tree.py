@@ -122,6 +122,9 @@ class Tree:
     reached is a PitrError or another OSError.
     """
 
+    # Whether opening a file takes long, so that one does not look into each of thousands.
+    is_far = False
+
     def __init__(self, identity: str = "") -> None:
         """``identity``: path of the file with age identities that open what is encrypted, empty for none."""
         self.identity = identity
