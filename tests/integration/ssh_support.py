@@ -183,7 +183,10 @@ class Link:
         self.stalled = threading.Event()
         # Bytes from the client after which every connection is cut; 0 for never.
         self.cut_after = 0
+        # Bytes from the client after which nothing goes on; 0 for never.
+        self.stall_after = 0
         self.passed = 0
+        self.received = 0
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -206,10 +209,14 @@ class Link:
                 if self.rate:
                     time.sleep(len(data) / self.rate)
                 target.sendall(data)
-                if counts:
+                if not counts:
+                    self.received += len(data)
+                else:
                     self.passed += len(data)
                     if self.cut_after and self.passed >= self.cut_after:
                         self.cut()
+                    if self.stall_after and self.passed >= self.stall_after:
+                        self.stalled.set()
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
