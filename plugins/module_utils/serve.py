@@ -79,12 +79,13 @@ class Server:
 
     def _readable(self, place: object) -> str:
         """A path that this key may read. Raises PitrError."""
+        path = self._located(place)
         if self._writes and place not in (MARKER, f"{self._folder.name}/{CLUSTER_FILE}"):
             try:
-                return self._wal(place)[0]
+                self._wal(place)
             except PitrError:
                 raise PitrError(f"The key of this connection only adds WAL; it may not read '{place}'.") from None
-        return self._located(place)
+        return path
 
     # --- requests
 

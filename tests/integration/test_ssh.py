@@ -27,8 +27,9 @@ from ansible_collections.pgdrill.pitr.tests.integration.ssh_support import (
     Link,
     Sshd,
     descendants,
+    masters,
+    private_place,
     program,
-    short_directory,
 )
 from ansible_collections.pgdrill.pitr.tests.integration.support import until
 from ansible_collections.pgdrill.pitr.tests.unit.support import (
@@ -48,16 +49,11 @@ from ansible_collections.pgdrill.pitr.tests.unit.support import (
 def access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Access]:
     """An empty repository with the cluster ``main`` behind a running sshd."""
     folder = make_repository(tmp_path / "the repository's 100% ü")
-    sshd = Sshd(tmp_path / "sshd")
-    with short_directory() as place:
-        monkeypatch.setenv("TMPDIR", str(place))
-        monkeypatch.setattr("tempfile.tempdir", str(place))
-        made = Access(sshd, Path(folder.repository), tmp_path)
-        sshd.start()
+    with private_place(monkeypatch):
+        made = Access(Sshd(tmp_path / "sshd"), Path(folder.repository), tmp_path)
+        made.sshd.start()
         yield made
-        sshd.stop()
-        for pid in masters(place):
-            os.kill(pid, signal.SIGKILL)
+        made.sshd.stop()
 
 
 @pytest.fixture
@@ -83,18 +79,10 @@ def reading(access: Access) -> Iterator[Callable[..., SshTree]]:
         one.close()
 
 
-def masters(place: Path | str) -> list[int]:
-    """Processes of ssh that keep a connection whose socket lies in this directory."""
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                line = Path("/proc", name, "cmdline").read_bytes()
-            except OSError:
-                continue
-            if line.startswith(b"ssh: ") and str(place).encode() in line:
-                found.append(int(name))
-    return found
+def clients() -> list[int]:
+    """Our own processes of ssh."""
+    ssh = program("ssh").encode()
+    return [pid for pid in descendants(os.getpid()) if Path("/proc", str(pid), "cmdline").read_bytes().startswith(ssh)]
 
 
 def private(place: str = "") -> Path:
@@ -171,7 +159,7 @@ def test_one_process_asks_everything_in_one_session(access: Access, tmp_path: Pa
         assert folder.tree.exists(str(folder.path))
         with open_reader(f"{folder.archive_path()}/{wal_name(1, 5)[:16]}/{wal_name(1, 5)}", folder.tree) as reader:
             assert reader.read() == segment(1, 5)
-    assert len(descendants(os.getpid())) == 1
+    assert len(clients()) == 1
     assert isinstance(folder.tree, SshTree)
     folder.tree.close()
 
@@ -181,7 +169,6 @@ def test_one_process_asks_everything_in_one_session(access: Access, tmp_path: Pa
 
 def test_key_gives_no_shell_no_files_and_no_forwarding(access: Access, tmp_path: Path) -> None:
     before = tree(access.repository)
-    (tmp_path / "loot").mkdir()
     for key in (access.writer, access.reader):
         for words in ((), ("id",), ("sh", "-c", "touch /tmp/pitr-was-here"), ("pitr-wal; touch /tmp/pitr-was-here",)):
             answer = access.plain_ssh(key, *words, text="touch /tmp/pitr-was-here\n")
@@ -194,7 +181,7 @@ def test_key_gives_no_shell_no_files_and_no_forwarding(access: Access, tmp_path:
         answer = access.plain_ssh(key, "-N", options=("-o", "ExitOnForwardFailure=yes", "-R", "0:127.0.0.1:1"))
         assert answer.returncode != 0
         answer = access.plain_ssh(key, options=("-tt",))
-        assert answer.returncode != 0 and "nothing else" in answer.stderr + answer.stdout
+        assert answer.returncode != 0 and "PTY allocation request failed" in answer.stderr
     assert not Path("/tmp/pitr-was-here").exists()
     assert tree(access.repository) == before
 
@@ -399,6 +386,7 @@ def test_stalled_link_is_given_up(access: Access, link: Link, tmp_path: Path, wh
     assert answer.returncode > 125
     link.stall_after = 0
     link.stalled.clear()
+    access.configure(repository=access.url(link.port))
     assert access.push(wal(tmp_path, 5)).returncode == 0
 
 
@@ -424,7 +412,7 @@ def test_persisting_connection_holds_neither_descriptors_nor_directory_of_the_se
     assert os.read(source, 1) == b"" and os.read(logs, 1) == b""
     assert os.readlink(f"/proc/{master}/cwd") == "/"
     assert os.getsid(master) != os.getsid(0)
-    assert descendants(os.getpid()) == []
+    assert clients() == []
     for descriptor in (source, logs):
         os.close(descriptor)
 
@@ -442,17 +430,17 @@ def test_socket_of_a_connection_that_was_killed_is_no_obstacle(access: Access, t
 
 
 def test_connection_that_was_stopped_is_no_obstacle(access: Access, tmp_path: Path) -> None:
-    access.configure(ssh_timeout="2")
+    access.configure(ssh_timeout="5")
     access.push(wal(tmp_path, 5))
     (master,) = masters(os.environ["TMPDIR"])
     os.kill(master, signal.SIGSTOP)
     try:
         started = time.monotonic()
         assert access.push(wal(tmp_path, 6)).returncode == 0
-        assert time.monotonic() - started < 12
+        assert time.monotonic() - started < 30
         started = time.monotonic()
         assert access.push(wal(tmp_path, 7)).returncode == 0
-        assert time.monotonic() - started < 2, "the second call has not waited for it again"
+        assert time.monotonic() - started < 5, "the second call has not waited for it again"
     finally:
         os.kill(master, signal.SIGKILL)
 
@@ -552,6 +540,7 @@ def test_large_file_can_be_let_go_in_the_middle_and_the_next_one_read(
     access: Access, reading: Callable[..., SshTree]
 ) -> None:
     place, _path = big(access, 60)
+    threads = threading.active_count()
     tree = reading()
     for _time in range(3):
         source = tree.open(f"{access.url()}/{place}")
@@ -561,7 +550,7 @@ def test_large_file_can_be_let_go_in_the_middle_and_the_next_one_read(
         assert tree.stat(f"{access.url()}/{place}").size == 60 * MIB
         other.close()
         source.close()
-    assert threading.active_count() == 1
+    assert threading.active_count() == threads
 
 
 def test_large_transfer_that_breaks_off_is_not_called_damage(
@@ -599,7 +588,7 @@ def test_session_that_the_server_has_ended_meanwhile_is_replaced(
     tree = reading()
     path = f"{access.url()}/{CLUSTER}/cluster.json"
     tree.stat(path)
-    for pid in descendants(os.getpid()):
+    for pid in clients():
         os.kill(pid, signal.SIGKILL)
     assert tree.stat(path).size > 0
 
