@@ -7,17 +7,19 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import serve as serving
+from ansible_collections.pgdrill.pitr.plugins.module_utils.crypt import Header, recipients_id
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wire import (
     ANSWER,
@@ -257,10 +259,50 @@ def test_first_segment_of_a_timeline_is_explained_by_the_history_file(talk: Call
     assert writer.add(place, copied)[0] == ANSWER
 
 
-def test_encrypted_segment_is_stored_unread(talk: Callable[..., Talk], folder: ClusterFolder) -> None:
-    content = b"pitr-age 1 and what only the holder of the key can read"
-    assert talk("write").add(FIRST, content)[0] == ANSWER
-    assert Path(folder.repository, FIRST).read_bytes() == content
+def encrypted(content: bytes, recipients: Sequence[str], size: int = MIB, stored: bytes = b"") -> bytes:
+    """What a pushing host makes of a segment; that age has made it is of no interest here."""
+    digest = hashlib.sha256(stored or content).hexdigest()
+    return Header("0" * 64, digest, size, recipients_id(recipients)).line() + content
+
+
+def test_encrypted_segment_is_stored_unread_when_it_came_whole(
+    talk: Callable[..., Talk], folder: ClusterFolder
+) -> None:
+    folder.change_recipients(["age1one", "age1two"])
+    folder.save()
+    good = encrypted(b"age-encryption.org/v1", folder.recipients)
+    writer = talk("write")
+    before = tree(folder.repository)
+    for bad, says in (
+        (encrypted(b"x", folder.recipients, stored=b"y"), "are not those that were stored"),
+        (encrypted(b"x", folder.recipients, size=MIB - 1), "can be right"),
+        (encrypted(b"x", ["age1three"]), "other recipients"),
+        (b"pitr-age 1 and no more", "is damaged"),
+        (gzip.compress(segment(1, 5)), "is not encrypted"),
+    ):
+        message = refused(writer.add(FIRST, bad))
+        assert says in message and ".tmp" not in message
+    assert tree(folder.repository) == before
+    assert writer.add(FIRST, good)[0] == ANSWER
+    assert Path(folder.repository, FIRST).read_bytes() == good
+    assert writer.add(f"{PLACE}/00000002.history", history((1, "0/5000A0")).encode())[0] == ANSWER
+
+
+def test_encrypted_segment_of_a_cluster_that_is_not_encrypted_is_refused(
+    talk: Callable[..., Talk], folder: ClusterFolder
+) -> None:
+    assert "is encrypted" in refused(talk("write").add(FIRST, encrypted(b"age-encryption.org/v1", ["age1one"])))
+
+
+def test_recipients_that_change_during_a_connection_are_heeded(
+    talk: Callable[..., Talk], folder: ClusterFolder
+) -> None:
+    writer = talk("write")
+    assert writer.add(FIRST, segment(1, 5))[0] == ANSWER
+    folder.change_recipients(["age1one"])
+    folder.save()
+    place = f"{PLACE}/{wal_name(1, 6)[:16]}/{wal_name(1, 6)}"
+    assert "is not encrypted" in refused(writer.add(place, segment(1, 6)))
 
 
 @pytest.mark.parametrize("size", [3 * MIB, -1, "many", None, 1 << 62])
