@@ -135,7 +135,7 @@ def _already_stored(stored: str, tree: Tree, source: int, path: str) -> str:
         raise
     if not same:
         own = os.fstat(source).st_size
-        held = own if codec.is_encrypted(stored, tree) else _content_size(stored, tree)
+        held = own if codec.is_stored_encrypted(stored, tree) else _content_size(stored, tree)
         if held != own and WalFile.parse(os.path.basename(path)).kind in ("segment", "partial"):
             raise PitrError(
                 f"{path} was not archived: the archive already has it, but {stored} is damaged: it holds {held} bytes"

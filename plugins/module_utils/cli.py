@@ -24,7 +24,7 @@ USAGE = (
     "usage: pitr-wal push CLUSTER PATH"
     " | pitr-wal get [--system-identifier=N] [--identity=PATH] CLUSTER NAME TARGET"
     " | pitr-wal receive CLUSTER"
-    " | pitr-wal serve --read|--write CLUSTER REPOSITORY"
+    " | pitr-wal serve --read|--write CLUSTER [REPOSITORY]"
 )
 
 LAUNCHER = """\
@@ -33,13 +33,16 @@ LAUNCHER = """\
 # PostgreSQL reads exit 1 from restore_command as "end of archive", and hides an archive_command that ends above 125.
 # So only a proven absence leaves here as 1 for get (79 inside), and every failure of push stays within 1 to 125.
 # serve speaks over its standard input; receive runs for as long as the host does, and a signal has to reach it.
+start() {{
+exec {python} -I -S {library} {folder} "$@"
+}}
 case "$1" in
-  serve) exec {python} -I -S {library} {folder} "$@" ;;
-  receive) exec {python} -I -S {library} {folder} "$@" < /dev/null ;;
+  serve) start "$@" ;;
+  receive) start "$@" < /dev/null ;;
 esac
 # The traps are for what ends this shell on the way: when there is no free process, dash ends with 2.
 case "$1" in get) trap 'exit 200' 0 ;; *) trap 'exit 125' 0 ;; esac
-{python} -I -S {library} {folder} "$@" < /dev/null
+(start "$@") < /dev/null
 status=$?
 trap - 0
 case "$1:$status" in
@@ -97,10 +100,11 @@ def main(argv: list[str]) -> int:
             identifier = options.get("--system-identifier")
             get(arguments[1], arguments[2], settings["repository"], arguments[0], identifier, access)
             return 0
-        if verb == "serve" and len(arguments) == 3 and arguments[0] in ("--read", "--write"):
+        if verb == "serve" and len(arguments) in (2, 3) and arguments[0] in ("--read", "--write"):
             from .serve import serve
 
-            return serve(arguments[0][2:], arguments[1], arguments[2])
+            repository = arguments[2] if arguments[2:] else configuration(folder, arguments[1])["repository"]
+            return serve(arguments[0][2:], arguments[1], repository)
         sys.stderr.write(USAGE + "\n")
         return FAILED
     except Absent:

@@ -408,6 +408,15 @@ def is_encrypted(source: Source) -> bool:
     return source.peek(32).startswith((b"pitr-age ", b"age-encryption.org/"))
 
 
+def is_stored_encrypted(path: str, tree: Tree = LOCAL) -> bool:
+    """The same, of a file by its path."""
+    source = tree.open(path)
+    try:
+        return is_encrypted(source)
+    finally:
+        source.close()
+
+
 def open_source(path: str, tree: Tree = LOCAL) -> Source:
     """The stored bytes of a file; those inside of it when it is encrypted. Raises as open_reader does."""
     source = tree.open(path)

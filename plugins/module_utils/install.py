@@ -19,6 +19,7 @@ from .cli import ABSENT, LAUNCHER
 from .codec import parse
 from .errors import PitrError
 from .repository import check_cluster_name, write_atomic
+from .tree import tree_for
 
 PACKAGE = "pgdrill_pitr"
 # Everything cli.py imports; the test of the installed command fails when one is missing here.
@@ -61,6 +62,9 @@ def content(directory: str, cluster: str, settings: dict[str, str], python: str)
     """All files of an installation with their modes, by path. Raises PitrError when a setting cannot be."""
     check_cluster_name(cluster)
     parse(settings.get("compression") or "auto")
+    for name in ("ssh_writer_identity", "ssh_reader_identity"):
+        # What ssh could not use is refused now, and not by the first segment.
+        tree_for(settings["repository"], {**settings, "ssh_identity": settings.get(name, "")})
     library = os.path.join(directory, "lib")
     launcher = LAUNCHER.format(
         version=VERSION,

@@ -218,6 +218,15 @@ def _texts(value: object, path: str) -> list[str]:
     return value
 
 
+def require_directory(repository: str) -> None:
+    """What only happens on the repository host itself begins with this. Raises PitrError for another host's."""
+    if repository.startswith("ssh://"):
+        raise PitrError(
+            f"{repository} is on another host. Run this there, with the repository's directory as its path."
+            " Nothing was changed."
+        )
+
+
 def clusters(repository: str) -> list[str]:
     """Names of the clusters in a repository."""
     with contextlib.suppress(OSError), os.scandir(repository) as entries:
@@ -235,6 +244,7 @@ def create(
     or changed. Raises PitrError when the folder is bound to another cluster, or a directory with other things in it
     would become a repository.
     """
+    require_directory(repository)
     folder = ClusterFolder(repository, name)
     created: list[str] = []
     marker = os.path.join(repository, MARKER)

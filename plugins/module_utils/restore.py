@@ -76,6 +76,8 @@ class Request:
     # Path of the file with age identities that open what is encrypted, empty for none.
     identity: str = ""
     use_partial: bool = False
+    # How a repository on another host is reached: the settings of remote.SshTree.
+    ssh: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # The roles always say where the configuration is; in the data directory it comes with the backup.
@@ -134,7 +136,7 @@ class Restore:
         """Decide without touching anything. Raises RefusedError with every reason that can be known now."""
         target = self._target()
         try:
-            access = {"identity": self._request.identity}
+            access = {**self._request.ssh, "identity": self._request.identity}
             folder = ClusterFolder.open(self._request.repository, self._request.cluster, access)
         except PitrError as error:
             raise RefusedError([*self._refusals, Refusal("repository", error.message)]) from None

@@ -16,6 +16,7 @@ description:
   - With O(bin_dir) also when the last transaction in it ended, which is the latest time that can be restored.
 extends_documentation_fragment:
   - pgdrill.pitr.repository
+  - pgdrill.pitr.ssh
   - pgdrill.pitr.attributes
 attributes:
   check_mode:
@@ -122,12 +123,17 @@ finished_at:
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
+from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
+    open_cluster,
+    repository_argument_spec,
+    run_module,
+    ssh_argument_spec,
+)
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import archive_info
-from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **repository_argument_spec(),
+    **ssh_argument_spec(),
     "bin_dir": {"type": "path"},
     "identity": {"type": "path"},
 }
@@ -135,9 +141,8 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Walk."""
-    params = module.params
-    folder = ClusterFolder.open(params["repository"], params["cluster"], {"identity": params["identity"] or ""})
-    return {"changed": False, **archive_info(folder, params["bin_dir"] or "")}
+    folder = open_cluster(module.params)
+    return {"changed": False, **archive_info(folder, module.params["bin_dir"] or "")}
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ description:
     archive can restore.
 extends_documentation_fragment:
   - pgdrill.pitr.repository
+  - pgdrill.pitr.ssh
   - pgdrill.pitr.attributes
 attributes:
   check_mode:
@@ -75,18 +76,23 @@ finished_at:
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
+from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
+    open_cluster,
+    repository_argument_spec,
+    run_module,
+    ssh_argument_spec,
+)
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import backup_info
-from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **repository_argument_spec(),
+    **ssh_argument_spec(),
 }
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """List."""
-    folder = ClusterFolder.open(module.params["repository"], module.params["cluster"])
+    folder = open_cluster(module.params)
     return {"changed": False, **backup_info(folder)}
 
 

@@ -20,6 +20,7 @@ description:
   - Run it as the user that owns the data directory.
 extends_documentation_fragment:
   - pgdrill.pitr.repository
+  - pgdrill.pitr.ssh
   - pgdrill.pitr.bin_dir
   - pgdrill.pitr.attributes
 attributes:
@@ -251,7 +252,12 @@ import os
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
+from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
+    repository_argument_spec,
+    run_module,
+    ssh_argument_spec,
+    ssh_settings,
+)
 from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import ARCHIVE_AFTER, Request, Restore, settle, undo
 
 TARGET_OPTIONS: dict[str, dict[str, Any]] = {
@@ -267,6 +273,7 @@ TARGET_OPTIONS: dict[str, dict[str, Any]] = {
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **repository_argument_spec(),
+    **ssh_argument_spec(),
     "bin_dir": {"type": "path", "required": True},
     **TARGET_OPTIONS,
     "state": {"type": "str", "choices": ["present", "undone", "settled"], "default": "present"},
@@ -306,6 +313,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         verify=params["verify"],
         identity=os.path.abspath(params["identity"]) if params["identity"] else "",
         use_partial=params["use_partial"],
+        ssh=ssh_settings(params),
     )
     if params["state"] == "settled":
         return {"changed": settle(request, params["moved_aside"], module.check_mode), "moved_aside": ""}

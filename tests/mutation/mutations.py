@@ -1039,6 +1039,7 @@ MUTATIONS = (
         'begin = Lsn.parse(str(planned["at_least"])) if planned.get("at_least") else _last_segment(planned)',
         "begin = _last_segment(planned)",
         "tests/unit/test_recovery.py::test_recovery_that_ends_before_the_receivers_last_record_is_no_success",
+    ),
     # --- crypt
     _mutation(
         "a first line that was not written like that is read",

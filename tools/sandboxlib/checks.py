@@ -21,7 +21,7 @@ from .say import SandboxError, step
 from .testing import copy_checkout
 
 # The collections that galaxy.yml depends on; they come with the Python package `ansible`.
-DEPENDENCIES = ("community.postgresql",)
+DEPENDENCIES = ("ansible.posix", "community.postgresql")
 # The Pythons of managed hosts and controllers, see tests/config.yml.
 _SANITY_PYTHONS = ("3.9", "3.10", "3.11", "3.12", "3.13")
 _GALAXY = ("ansible-galaxy", "collection")
