@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from . import codec
 from .errors import PitrError
@@ -111,6 +111,88 @@ def _already_stored(stored: str, tree: Tree, source: int, path: str) -> str:
     return f"{os.path.basename(path)} was already in the archive, with the same content"
 
 
+class Pushing:
+    """One file of pg_wal on its way into the archive.
+
+    What can be refused is refused when the object is made, and compressing begins; ``finish`` stores. Several can be
+    under way, but they must be finished in the order of the server: a segment whose predecessor was refused may belong
+    to a copy of the cluster, and must not be there before that of the owner.
+    """
+
+    def __init__(self, path: str, folder: ClusterFolder, compression: str) -> None:
+        """Raises PitrError or OSError when it is refused. Afterwards ``finish`` or ``close`` has to be called."""
+        self.path = path
+        self._tree = folder.tree
+        self._storing: codec.Storing | None = None
+        self._adding = contextlib.ExitStack()
+        wal_file = WalFile.parse(os.path.basename(path))
+        self.stored = folder.wal_path(wal_file, folder.chapter)
+        try:
+            self.source = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise PitrError(f"{path} cannot be read: {error.strerror}.") from None
+        try:
+            self._before = os.fstat(self.source)
+            if wal_file.kind in ("segment", "partial"):
+                self._check(wal_file, folder, folder.chapter)
+            if not self._tree.exists(self.stored):
+                # Timelines must be known to hosts that have no key: what there is, and what to keep, depends on them.
+                recipients = () if wal_file.kind == "history" else folder.recipients
+                temporary = self._adding.enter_context(self._tree.adding(self.stored))
+                self._storing = codec.Storing(
+                    self.source, temporary, kept_as(wal_file, compression), self._before.st_size, recipients
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def _check(self, wal_file: WalFile, folder: ClusterFolder, chapter: Chapter) -> None:
+        size = self._before.st_size
+        if size != chapter.wal_segment_size:
+            raise PitrError(
+                f"{self.path} has {size} bytes, a segment of this cluster {chapter.wal_segment_size}. Refused."
+            )
+        pg_wal = os.path.dirname(self.path) or "."
+        head = os.pread(self.source, SegmentHeader.SIZE, 0)
+        check_segment(head, wal_file, chapter, self.path, lambda: _history_text(wal_file, folder, chapter, pg_wal))
+
+    def finish(self) -> str:
+        """Returns what was done; returning means it is on stable storage. Raises PitrError or OSError when not."""
+        try:
+            if self._storing is None:
+                return _already_stored(self.stored, self._tree, self.source, self.path)
+            try:
+                # Temporary file, write, fsync; leaving: link without replacing, fsync of the directory.
+                with self._adding:
+                    storing, self._storing = self._storing, None
+                    storing.finish()
+                    after = os.fstat(self.source)
+                    if (self._before.st_size, self._before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                        raise PitrError(
+                            f"{self.path} was changed while it was read. It was not archived; nothing was changed."
+                        )
+            except FileExistsError:
+                return _already_stored(self.stored, self._tree, self.source, self.path)
+            return f"{os.path.basename(self.path)} archived"
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let go, also in the middle; then nothing was stored."""
+        storing, self._storing = self._storing, None
+        if storing is not None:
+            storing.abort()
+        with contextlib.suppress(_Abandoned), self._adding:
+            raise _Abandoned
+        if self.source >= 0:
+            os.close(self.source)
+            self.source = -1
+
+
+class _Abandoned(Exception):
+    """Leaves a block without what its end would do."""
+
+
 def push(
     path: str, repository: str, cluster: str, compression: str = "auto", access: Mapping[str, str] | None = None
 ) -> str:
@@ -118,31 +200,9 @@ def push(
 
     Pushing the same file again succeeds and changes nothing. Raises PitrError or OSError when it is not archived.
     """
-    wal_file = WalFile.parse(os.path.basename(path))
-    pg_wal = os.path.dirname(path) or "."
-    folder = ClusterFolder.open(repository, cluster, access)
-    chapter = folder.chapter
-    try:
-        source = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise PitrError(f"{path} cannot be read: {error.strerror}.") from None
-    try:
-        if wal_file.kind in ("segment", "partial"):
-            size = os.fstat(source).st_size
-            if size != chapter.wal_segment_size:
-                raise PitrError(
-                    f"{path} has {size} bytes, a segment of this cluster {chapter.wal_segment_size}. Refused."
-                )
-            head = os.pread(source, SegmentHeader.SIZE, 0)
-            check_segment(head, wal_file, chapter, path, lambda: _history_text(wal_file, folder, chapter, pg_wal))
-        stored = folder.wal_path(wal_file, chapter)
-        if folder.tree.exists(stored):
-            return _already_stored(stored, folder.tree, source, path)
-        # Timelines must be known to hosts that have no key: what there is, and what to keep, depends on them.
-        recipients = () if wal_file.kind == "history" else folder.recipients
-        return _store(source, path, stored, folder.tree, kept_as(wal_file, compression), recipients)
-    finally:
-        os.close(source)
+    # Refused before the repository is looked at: a name that no server hands out is nobody's fault but the caller's.
+    WalFile.parse(os.path.basename(path))
+    return Pushing(path, ClusterFolder.open(repository, cluster, access), compression).finish()
 
 
 def kept_as(wal_file: WalFile, compression: str) -> tuple[str, int]:
@@ -153,23 +213,6 @@ def kept_as(wal_file: WalFile, compression: str) -> tuple[str, int]:
     """
     name, level = codec.parse(compression) if wal_file.kind in ("segment", "partial") else ("none", 0)
     return ("gzip", 0) if name == "none" else (name, level)
-
-
-def _store(
-    source: int, path: str, stored: str, tree: Tree, kept: tuple[str, int], recipients: Sequence[str] = ()
-) -> str:
-    """Temporary file, write, fsync, link without replacing, fsync of the directory."""
-    before = os.fstat(source)
-    try:
-        with tree.adding(stored) as temporary:
-            os.lseek(source, 0, os.SEEK_SET)
-            codec.store(source, temporary, kept, before.st_size, recipients)
-            after = os.fstat(source)
-            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                raise PitrError(f"{path} was changed while it was read. It was not archived; nothing was changed.")
-    except FileExistsError:
-        return _already_stored(stored, tree, source, path)
-    return f"{os.path.basename(path)} archived"
 
 
 def get(
