@@ -180,6 +180,9 @@ class Tree:
                 os.unlink(temporary)
         fsync_directory(os.path.dirname(path))
 
+    def close(self, wait: bool = True) -> None:
+        """End what is kept open for later requests; here there is nothing."""
+
     def settle(self, path: str) -> None:
         """Make sure that a stored file that is there survives a power failure."""
         fsync_directory(os.path.dirname(path))

@@ -84,15 +84,15 @@ MUTATIONS = (
     _mutation(
         "a segment of the wrong size is archived",
         "archive",
-        "if size != chapter.wal_segment_size:\n                raise PitrError(\n",
-        "if False:\n                raise PitrError(\n",
+        "if size != chapter.wal_segment_size:\n            raise PitrError(\n",
+        "if False:\n            raise PitrError(\n",
         f"{ARCHIVE}::test_segment_of_the_wrong_size_is_refused",
     ),
     _mutation(
         "what is no history file is archived as one",
         "archive",
-        '        elif wal_file.kind == "history":\n            # Such',
-        "        elif False:\n            # Such",
+        '            elif wal_file.kind == "history":\n                self._check',
+        "            elif False:\n                self._check",
         f"{ARCHIVE}::test_file_that_is_no_history_is_refused",
     ),
     _mutation(
@@ -115,7 +115,7 @@ MUTATIONS = (
     _mutation(
         "a failure of the disk names no file",
         "archive",
-        '        error.filename = error.filename or f"{path} to {stored}"\n',
+        '            error.filename = error.filename or f"{self.path} to {self.stored}"\n',
         "",
         f"{ARCHIVE}::test_failure_of_the_disk_names_the_file_and_leaves_nothing_that_looks_stored",
         f"{ARCHIVE_FAULTS}::test_full_archive_keeps_everything_on_the_server_and_goes_on_when_there_is_room",
@@ -302,8 +302,8 @@ MUTATIONS = (
     _mutation(
         "the environment of the server reaches the interpreter",
         "cli",
-        '\n{python} -I -S {library} {folder} "$@" < /dev/null\n',
-        '\n{python} {library} {folder} "$@" < /dev/null\n',
+        '\nexec {python} -I -S {library}',
+        '\nexec {python} {library}',
         f"{ARCHIVING}::test_command_does_not_read_the_environment_of_the_server",
     ),
     # --- repository
