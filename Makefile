@@ -10,7 +10,7 @@ SANDBOX = exec "$$(command -v python3 || echo "$${PYTHON:-python3}")" tools/sand
 IN_VENV = $(SANDBOX) run --test --
 
 .DEFAULT_GOAL := help
-.PHONY: help setup drill test lint sanity typecheck check-specs docs build install-check bench stop clean
+.PHONY: help setup drill test lint sanity typecheck check-specs docs build install-check bench bench-archive stop clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,9 @@ install-check: ## build the collection, install it elsewhere, run a drill with w
 
 bench: ## the drill's time beside that of the bare PostgreSQL commands
 	@$(SANDBOX) run -- python benchmarks/drill_ratio.py --pg '$(PG)' $(ARGS)
+
+bench-archive: ## archive_info and expire over a million segments: seconds and memory
+	@$(SANDBOX) run -- python benchmarks/archive_scan.py $(ARGS)
 
 stop: ## stop the servers of the sandbox
 	@$(SANDBOX) stop

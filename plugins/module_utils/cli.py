@@ -22,10 +22,11 @@ ABSENT = 79
 FAILED = 1
 USAGE = (
     "usage: pitr-wal push CLUSTER PATH"
-    " | pitr-wal get [--system-identifier=N] [--identity=PATH] CLUSTER NAME TARGET"
+    " | pitr-wal get [--system-identifier=N] [--identity=PATH] [--lease=L] CLUSTER NAME TARGET"
     " | pitr-wal receive CLUSTER"
     " | pitr-wal serve --read|--write CLUSTER REPOSITORY"
 )
+GET_OPTIONS = ("--system-identifier=", "--identity=", "--lease=")
 
 LAUNCHER = """\
 #!/bin/sh
@@ -84,15 +85,15 @@ def main(argv: list[str]) -> int:
             compression = settings.get("compression", "auto")
             return receiver.main(folder, arguments[0], settings["repository"], compression)
         options = {}
-        while verb == "get" and arguments and arguments[0].startswith(("--system-identifier=", "--identity=")):
+        while verb == "get" and arguments and arguments[0].startswith(GET_OPTIONS):
             name, _equals, value = arguments.pop(0).partition("=")
             options[name] = value
         if verb == "get" and len(arguments) == 3:
             settings = configuration(folder, arguments[0])
             access = {**settings, "ssh_identity": settings.get("ssh_reader_identity", "")}
             access["identity"] = options.get("--identity") or settings.get("identity", "")
-            identifier = options.get("--system-identifier")
-            get(arguments[1], arguments[2], settings["repository"], arguments[0], identifier, access)
+            identifier, lease = options.get("--system-identifier"), options.get("--lease")
+            get(arguments[1], arguments[2], settings["repository"], arguments[0], identifier, access, lease)
             return 0
         if verb == "serve" and len(arguments) == 3 and arguments[0] in ("--read", "--write"):
             from .serve import serve

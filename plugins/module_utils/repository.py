@@ -36,7 +36,10 @@ FORMAT_PLAIN = 1
 MARKER = "pitr-repository.json"
 CLUSTER_FILE = "cluster.json"
 BACKUP_FILE = "backup.json"
+# Names in ``locks/`` begin with it; after it come a backup's label, a dash and eight hexadecimal digits.
+LEASE = "lease-"
 
+_LEASE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}-[0-9a-f]{8}\Z")
 _CLUSTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 
 
@@ -167,6 +170,16 @@ class ClusterFolder:
         """The chapter that is being written."""
         return self.chapters[-1]
 
+    def select(self, number: int | None) -> Chapter:
+        """The chapter of this number, or the newest one. Raises PitrError when there is none."""
+        for chapter in self.chapters:
+            if chapter.number == number:
+                return chapter
+        if number is not None:
+            known = ", ".join(str(chapter.number) for chapter in self.chapters)
+            raise PitrError(f"{self.path} has no chapter {number}; its chapters are: {known}.")
+        return self.chapter
+
     def require(self, system_identifier: str) -> Chapter:
         """The chapter with this system identifier. Raises PitrError when the folder belongs to another cluster."""
         for chapter in self.chapters:
@@ -183,6 +196,20 @@ class ClusterFolder:
     def backups_path(self) -> str:
         """Folder of all base backups."""
         return os.path.join(self.path, "backups")
+
+    @property
+    def locks_path(self) -> str:
+        """Folder of locks and leases."""
+        return os.path.join(self.path, "locks")
+
+    def touch_lease(self, lease: str) -> None:
+        """Say that a recovery still needs the backup that ``lease`` names, and the WAL that follows it.
+
+        Raises PitrError for a name that is none, and OSError when it cannot be written.
+        """
+        if not _LEASE_NAME.match(lease):
+            raise PitrError(f"'{lease}' is not the name of a lease.")
+        self.tree.touch_lease(os.path.join(self.locks_path, LEASE + lease))
 
     def archive_path(self, chapter: Chapter | None = None) -> str:
         """Folder of one chapter's archive."""
