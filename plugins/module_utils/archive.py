@@ -191,8 +191,8 @@ def get(
     folder = ClusterFolder.open(repository, cluster, access)
     chapter = folder.require(system_identifier) if system_identifier else folder.chapter
     if lease:
-        # A repository that may only be read is no reason to stop a recovery.
-        with contextlib.suppress(OSError):
+        # A repository that may only be read, or whose host is older, is no reason to stop a recovery.
+        with contextlib.suppress(OSError, PitrError):
             folder.touch_lease(lease)
     archive = folder.archive_path(chapter)
     if not folder.tree.exists(archive):

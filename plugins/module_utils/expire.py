@@ -285,3 +285,18 @@ def set_mark(folder: ClusterFolder, label: str, reason: str | None, check: bool 
     except locks.InUseError:
         raise PitrError(f"The backup {label} is just being removed by an expire. Nothing was changed.") from None
     return True
+
+
+def as_diff(result: dict[str, Any]) -> dict[str, str]:
+    """What was there and what stays, for ``--diff``."""
+    kept = [f"backup {item['backup']}" for item in result["kept_backups"]]
+    going = [f"backup {item['backup']}" for item in result["expired_backups"]]
+    going += [f"left behind {name}" for name in result["leftovers"]]
+    going += [
+        f"WAL {item['first']} to {item['last']}, {item['segments']} segments, {item['bytes']} bytes"
+        for item in result["expired_segments"]["ranges"]
+    ]
+    return {
+        "before": "".join(f"{line}\n" for line in sorted(kept + going)),
+        "after": "".join(f"{line}\n" for line in sorted(kept)),
+    }

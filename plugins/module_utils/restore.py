@@ -276,14 +276,14 @@ class Restore:
         return None, None
 
     def _scanner(self, index: ArchiveIndex) -> WalScanner:
-        return WalScanner(self._folder, self._folder.chapter, index, self._request.bin_dir, self._tail)
+        return WalScanner(self._folder, self._chapter, index, self._request.bin_dir, self._tail)
 
     def _look_at_tail(self, target: RecoveryTarget, backups: list[Any], index: ArchiveIndex) -> None:
         """What a receiver has beyond the archive's end; with ``use_partial`` it counts as archived from here on."""
         if not backups or target.kind == "immediate":
             return
         timeline = target_timeline(target, index.tree, backups, self._request.backup)
-        self._tail = tail.look(self._folder, self._folder.chapter, index, timeline)
+        self._tail = tail.look(self._folder, self._chapter, index, timeline)
         if self._request.use_partial:
             self._add_tail(index)
 
@@ -351,10 +351,10 @@ class Restore:
             return
         pg_wal = os.path.join(self._request.pgdata, "pg_wal")
         os.makedirs(pg_wal, mode=0o700, exist_ok=True)
-        chapter = self._folder.chapter
+        chapter = self._chapter
         for name in result.from_receiver:
             tail.copy(self._folder, chapter, self._tail, name, os.path.join(pg_wal, name))
-        index = scan(self._folder)
+        index = scan(self._folder, chapter)
         for name in result.from_receiver:
             wal_file = WalFile.parse(name)
             number = wal_file.number(index.segment_size)
@@ -471,7 +471,7 @@ class Restore:
         lease = locks.new_lease(label)
         self._claimed_at = time.monotonic()
         # A repository that this host may only read is restored from all the same; docs/retention.md tells what follows.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, PitrError):
             self._folder.touch_lease(lease)
         return lease
 

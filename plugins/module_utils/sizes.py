@@ -20,7 +20,7 @@ MAX_PROCESSES = 4
 
 
 def folder_bytes(path: str, below: str = "") -> int:
-    """Stored bytes of the files in one folder; with ``below`` only of names that sort before it. A lost file has none.
+    """Stored bytes of the WAL in one folder; with ``below`` only of names that sort before it.
 
     Raises OSError when the folder cannot be read; one that is gone has no bytes.
     """
@@ -31,9 +31,8 @@ def folder_bytes(path: str, below: str = "") -> int:
     total = 0
     stat = os.stat
     try:
-        names = os.listdir(descriptor)
-        if below:
-            names = [name for name in names if name < below]
+        log = os.path.basename(path)
+        names = [name for name in os.listdir(descriptor) if name[:16] == log and (not below or name < below)]
         try:
             return sum([stat(name, dir_fd=descriptor, follow_symlinks=False).st_size for name in names])
         except FileNotFoundError:
@@ -104,6 +103,6 @@ def _share_bytes(log: str) -> int:
     os.chdir(log)
     try:
         stat = os.lstat
-        return sum([stat(name).st_size for name in os.listdir()])
+        return sum([stat(name).st_size for name in os.listdir() if name[:16] == log])
     finally:
         os.chdir("..")

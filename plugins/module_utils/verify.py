@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from . import codec
+from . import codec, crypt
 from .backup import KEEP_FILE, MANIFEST, open_tar, sha256
 from .catalog import Backup
 from .errors import PitrError
@@ -37,8 +37,6 @@ from .wal import Lsn, SegmentHeader, WalFile
 STORED, CONTENT = LEVELS = ("stored", "content")
 # Of an encrypted file of a backup; what is in front of it is the name of what was encrypted.
 ENCRYPTED = ".age"
-# The first line of an encrypted segment: version, digest of the content, digest of what follows, size, recipients.
-_ENCRYPTED_WAL = re.compile(rb"pitr-age 1 ([0-9a-f]{64}) ([0-9a-f]{64}) (\d{12}) ([0-9a-f]{16})\n")
 # Files are handed to pg_verifybackup in batches of this many bytes or files, so that the space needed is bounded.
 BATCH_BYTES = 256 * 1024 * 1024
 BATCH_FILES = 2000
@@ -112,17 +110,20 @@ class Verification:
             damage += found
         notes += self._strange(backup)
         level = self._level
-        encrypted = any(file.name.endswith(ENCRYPTED) for file in backup.files)
-        if level == CONTENT and encrypted and not getattr(self._folder.tree, "identity", ""):
+        if level == CONTENT and backup.encryption and not self._folder.tree.identity:
             level = STORED
             notes.append("it is encrypted and no identity was given, so that its content was not read")
         wal, segments, locked = self._wal(backup, level)
         damage += wal
         if locked and level == CONTENT:
             level = STORED
-            notes.append("its WAL is encrypted and no identity was given, so that its content was not read")
+            notes.append("its WAL is encrypted and the identity for it was not given, so that its content was not read")
         if level == CONTENT and whole:
-            damage += self._content(backup)
+            try:
+                damage += self._content(backup)
+            except crypt.LockedError as error:
+                level = STORED
+                notes.append(f"its content was not read: {error.message}")
         elif level == CONTENT:
             level = STORED
             notes.append("its stored files are damaged, so that what is in them was not looked at")
@@ -218,16 +219,16 @@ class Verification:
         tree = self._folder.tree
         try:
             with contextlib.closing(tree.open(path)) as source:
-                match = _ENCRYPTED_WAL.match(source.peek())
-                if match:
+                head = source.peek()
+                if head.startswith(crypt.PREFIX):
                     digest = hashlib.sha256()
-                    source.skip(match.end())
+                    source.skip(crypt.LENGTH)
                     while data := os.read(source.descriptor, codec.CHUNK):
                         digest.update(data)
                     source.check()
-                    if digest.hexdigest().encode() != match.group(2):
+                    if digest.hexdigest() != crypt.parse_header(head, path).stored:
                         return "has other content than was stored", False
-                    if not getattr(tree, "identity", ""):
+                    if not tree.identity:
                         return "", True
             size = 0
             head = b""
@@ -237,6 +238,9 @@ class Verification:
                     size += stream.write(data)
         except FileNotFoundError:
             return "is missing", False
+        except crypt.LockedError:
+            # Not the file's fault; what has no key of its own was looked at above.
+            return "", True
         except PitrError as error:
             return error.message, False
         return self._header(head, size, name, number), False
@@ -276,6 +280,8 @@ class Verification:
         try:
             with codec.open_reader(path, self._folder.tree) as reader:
                 expected = read_manifest(reader)
+        except crypt.LockedError:
+            raise
         except PitrError as error:
             return [Damage(backup.label, path, error.message)]
         damage: list[Damage] = []
@@ -288,6 +294,8 @@ class Verification:
             try:
                 for problem in self._tar(path, prefix, expected):
                     damage.append(Damage(backup.label, path, problem))
+            except crypt.LockedError:
+                raise
             except PitrError as error:
                 damage.append(Damage(backup.label, path, error.message))
                 return damage
@@ -447,6 +455,16 @@ def choose(backups: Sequence[Backup], choice: str) -> list[Backup]:
     return named
 
 
-def as_dicts(damage: Sequence[Damage]) -> list[dict[str, str]]:
-    """For a module's result."""
-    return [{name: str(value) for name, value in asdict(item).items()} for item in damage]
+def as_result(reports: Sequence[Report], diff: bool = False) -> dict[str, Any]:
+    """For the module."""
+    damaged = [asdict(item) for report in reports for item in report.damage]
+    result: dict[str, Any] = {"changed": False, "verified": [report.to_dict() for report in reports]}
+    result["damaged"] = damaged
+    if diff:
+        result["diff"] = {
+            "before_header": "as stored",
+            "after_header": "as found",
+            "before": "".join(f"{item['path']}: {item['stored'] or 'whole'}\n" for item in damaged),
+            "after": "".join(f"{item['path']}: {item['found'] or item['problem']}\n" for item in damaged),
+        }
+    return result

@@ -20,6 +20,7 @@ description:
   - Run it as the user that owns the data directory.
 extends_documentation_fragment:
   - pgdrill.pitr.repository
+  - pgdrill.pitr.chapter
   - pgdrill.pitr.bin_dir
   - pgdrill.pitr.attributes
 attributes:
@@ -259,6 +260,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **repository_argument_spec(),
     "bin_dir": {"type": "path", "required": True},
     **TARGET_OPTIONS,
+    "chapter": {"type": "int"},
     "state": {"type": "str", "choices": ["present", "undone", "settled"], "default": "present"},
     "pgdata": {"type": "path", "required": True},
     "config_dir": {"type": "path"},
@@ -293,6 +295,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         keep_unaccepted=params["keep_unaccepted"],
         archive_after=params["archive_after"],
         verify=params["verify"],
+        chapter=params["chapter"],
         identity=os.path.abspath(params["identity"]) if params["identity"] else "",
     )
     if params["state"] == "settled":
