@@ -4,8 +4,8 @@
 
 """archive_info and the plan of expire over a synthetic archive, in seconds and memory.
 
-``make bench-archive``, or ``python benchmarks/archive_scan.py [--segments 1000000] [--segment-size 16]``. The archive is
-made of hard links to a few sparse files, below ``--directory`` (default: a temporary one), and removed afterwards. Each
+``make bench-archive``, or ``python benchmarks/archive_scan.py [--segments 1000000] [--segment-size 16]``. The archive
+is made of hard links to a few sparse files, below ``--directory`` (default: a temporary one), and removed afterwards. Each
 question is asked in a process of its own, so that its memory is its own. It exits with 1 when a question takes more
 than ``--seconds`` or ``--megabytes``.
 """
@@ -109,7 +109,12 @@ def ask(question: str, repository: str) -> dict[str, object]:
     seconds = time.perf_counter() - before
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     processor = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"seconds": round(seconds, 2), "processor": round(processor, 2), "megabytes": round(peak / 1024, 1), "answer": answer}
+    return {
+        "seconds": round(seconds, 2),
+        "processor": round(processor, 2),
+        "megabytes": round(peak / 1024, 1),
+        "answer": answer,
+    }
 
 
 def main() -> int:
@@ -130,14 +135,17 @@ def main() -> int:
     try:
         started = time.perf_counter()
         make(place / "repository", options.segments, options.segment_size * MIB)
-        print(f"made in {time.perf_counter() - started:.1f} s: {options.segments} segments of {options.segment_size} MiB")
+        print(
+            f"made in {time.perf_counter() - started:.1f} s: {options.segments} segments of {options.segment_size} MiB"
+        )
         for question in ("scan", "archive_info without sizes", "archive_info", "expire"):
             argv = [sys.executable, __file__, "--ask", question, str(place / "repository")]
             said = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True, text=True).stdout
             cost = json.loads(said)
             over = cost["seconds"] > options.seconds or cost["megabytes"] > options.megabytes
             failed = failed or over
-            line = f"{question:26} {cost['seconds']:5.2f} s  ({cost['processor']:5.2f} s of processor)  {cost['megabytes']:6.1f} MB  {cost['answer']}"
+            line = f"{question:26} {cost['seconds']:5.2f} s  (processor {cost['processor']:5.2f} s)"
+            line += f"  {cost['megabytes']:6.1f} MB  {cost['answer']}"
             print(line + ("  TOO MUCH" if over else ""))
     finally:
         shutil.rmtree(place)

@@ -14,7 +14,7 @@ class ModuleDocFragment:
 options:
   chapter:
     description:
-      - Number of a chapter of the cluster's folder. A chapter is one system identifier; C(pg_upgrade) begins another one.
+      - Number of a chapter of the cluster's folder. A chapter is one system identifier; C(pg_upgrade) begins another.
         M(pgdrill.pitr.backup_info) tells the number of each backup.
       - Without it the newest one.
     type: int

@@ -54,7 +54,9 @@ class Expiry:
         Raises PitrError when another expire is running, and when something could not be removed; then no WAL was.
         """
         if not os.path.isdir(self._folder.backups_path):
-            raise PitrError(f"{self._folder.backups_path} does not exist. Is the repository mounted? Nothing was removed.")
+            raise PitrError(
+                f"{self._folder.backups_path} does not exist. Is the repository mounted? Nothing was removed."
+            )
         with contextlib.ExitStack() as stack:
             if not check:
                 try:

@@ -176,7 +176,8 @@ def backup_info(folder: ClusterFolder, chapter: Chapter | None = None) -> dict[s
         if backup.system_identifier == chapter.system_identifier
     ]
     told = [
-        {**b.to_dict(), "chapter": numbers.get(b.system_identifier), "keep": keep_mark(folder, b.label)} for b in backups
+        {**b.to_dict(), "chapter": numbers.get(b.system_identifier), "keep": keep_mark(folder, b.label)}
+        for b in backups
     ]
     return {"backups": told, "recovery_windows": windows}
 

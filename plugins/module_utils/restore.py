@@ -136,7 +136,9 @@ class Restore:
         """Decide without touching anything. Raises RefusedError with every reason that can be known now."""
         target = self._target()
         try:
-            folder = ClusterFolder.open(self._request.repository, self._request.cluster, {"identity": self._request.identity})
+            folder = ClusterFolder.open(
+                self._request.repository, self._request.cluster, {"identity": self._request.identity}
+            )
             self._chapter = folder.select(self._request.chapter)
         except PitrError as error:
             raise RefusedError([*self._refusals, Refusal("repository", error.message)]) from None
@@ -460,7 +462,9 @@ class Restore:
             with locks.reading(self._folder, result.backup.label):
                 stored = os.path.join(self._folder.backups_path, result.backup.label)
                 if not self._folder.tree.exists(stored):
-                    raise PitrError(f"{stored} was removed by an expire since the plan was made. Nothing was touched; plan again.")
+                    raise PitrError(
+                        f"{stored} was removed by an expire since the plan was made. Nothing was touched; plan again."
+                    )
                 return self._execute(result, lease)
         except BaseException:
             locks.release(self._folder, lease)

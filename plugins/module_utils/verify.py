@@ -257,7 +257,9 @@ class Verification:
             return f"was written by the cluster with system identifier {header.system_identifier}"
         # The first segment of a timeline may begin with a page of its parent.
         if header.page_address != number * size or header.timeline > WalFile.parse(name).timeline:
-            return f"holds WAL from {header.page_address} of timeline {header.timeline}, which is not what its name says"
+            return (
+                f"holds WAL from {header.page_address} of timeline {header.timeline}, which is not what its name says"
+            )
         return ""
 
     def _dump(self, directory: str, timeline: int, start: Lsn, end: Lsn) -> str:
@@ -348,8 +350,8 @@ class _Batches:
             space = os.statvfs(self._place.name)
             if space.f_bavail * space.f_frsize < member.size + codec.CHUNK:
                 raise PitrError(
-                    f"{tempfile.gettempdir()} has no room for a file of {member.size} bytes, so that its checksum cannot"
-                    " be compared. Make room, or set TMPDIR to a larger filesystem."
+                    f"{tempfile.gettempdir()} has no room for a file of {member.size} bytes, so that its checksum"
+                    " cannot be compared. Make room, or set TMPDIR to a larger filesystem."
                 )
         # Numbered, so that no name in a tar decides where something is written.
         name = f"f{len(self._entries)}"

@@ -84,8 +84,8 @@ timelines:
       ranges: [["000000020000000000000007", "00000002000000000000000D"]]
 gaps:
   description:
-    - Segments missing with WAL before and after them, at most 100 runs. RV(gaps[].names) has the missing names, the first
-      100 of all runs.
+    - Segments missing with WAL before and after them, at most 100 runs. RV(gaps[].names) has the missing names, the
+      first 100 of all runs.
   returned: success
   type: list
   elements: dict

@@ -39,8 +39,8 @@ EXAMPLES = r"""
 RETURN = r"""
 backups:
   description:
-    - Complete backups of all chapters, oldest first, with RV(backups[].chapter) (its number) and RV(backups[].keep), the
-      reason of its keep mark or V(null).
+    - Complete backups of all chapters, oldest first, with RV(backups[].chapter) (its number) and RV(backups[].keep),
+      the reason of its keep mark or V(null).
   returned: success
   type: list
   elements: dict

@@ -14,8 +14,8 @@ description:
   - Reads stored backups back and compares them with what was written down when they were taken, with PostgreSQL's own
     manifest, and looks whether the WAL from their start to their stop is there and can be read.
   - Every damaged file is named. Nothing is changed.
-  - Files are unpacked into the directory for temporary files (C(TMPDIR)) some at a time. It needs room for 256 MB, for the
-    largest file of the database, and for the WAL of one backup.
+  - Files are unpacked into the directory for temporary files (C(TMPDIR)) some at a time. It needs room for 256 MB, for
+    the largest file of the database, and for the WAL of one backup.
 extends_documentation_fragment:
   - pgdrill.pitr.repository
   - pgdrill.pitr.chapter
@@ -38,10 +38,10 @@ options:
     default: latest
   level:
     description:
-      - V(stored) compares the stored files with the sizes and digests that were written down, and looks whether the WAL is
-        there. It needs no key.
-      - V(content) also decompresses everything, compares every file with the checksum in the manifest, and reads the WAL
-        with C(pg_waldump).
+      - V(stored) compares the stored files with the sizes and digests that were written down, and looks whether the WAL
+        is there. It needs no key.
+      - V(content) also decompresses everything, compares every file with the checksum in the manifest, and reads the
+        WAL with C(pg_waldump).
       - RV(verified[].level) tells what was reached. Without a key for what is encrypted that is V(stored).
     type: str
     choices: [stored, content]
@@ -70,7 +70,8 @@ EXAMPLES = r"""
 
 RETURN = r"""
 verified:
-  description: What was looked at, whether it is whole, and at which level; RV(verified[].notes) tells why not at a higher one.
+  description:
+    - What was looked at, whether it is whole, and at which level. RV(verified[].notes) tells why not at a higher one.
   returned: always
   type: list
   elements: dict

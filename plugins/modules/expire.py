@@ -101,8 +101,8 @@ expired_backups:
       reasons: [the policy does not need it]
 expired_segments:
   description:
-    - WAL that was removed, or would be - count and stored bytes, for each timeline from where to where (at most 100), and
-      the C(.backup) and C(.partial) files that go with it (the first 100).
+    - WAL that was removed, or would be - count and stored bytes, for each timeline from where to where (at most 100),
+      and the C(.backup) and C(.partial) files that go with it (the first 100).
   returned: with O(state=applied)
   type: dict
   sample:

@@ -50,8 +50,8 @@ options:
     elements: str
   new_chapter:
     description:
-      - Whether a folder that belongs to another system identifier may go on with this one, in a new chapter with an archive
-        of its own. Everything of the older chapters stays, and can be restored with the option C(chapter).
+      - Whether a folder that belongs to another system identifier may go on with this one, in a new chapter with an
+        archive of its own. Everything of the older chapters stays, and can be restored with the option C(chapter).
       - For the step after C(pg_upgrade), or after an initdb on purpose. Never leave it set - it is what keeps a second
         cluster out of the folder.
     type: bool

@@ -128,7 +128,9 @@ def history(bin_dir: str, template: Path, tmp_path_factory: pytest.TempPathFacto
         history = History(sandbox)
         before = fingerprint(sandbox.archive, sandbox.backups, history.data)
         yield history
-        assert fingerprint(sandbox.archive, sandbox.backups, history.data) == before, "a test has written to what all share"
+        assert fingerprint(sandbox.archive, sandbox.backups, history.data) == before, (
+            "a test has written to what all share"
+        )
     finally:
         sandbox.server.close()
 

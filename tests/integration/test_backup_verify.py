@@ -65,9 +65,7 @@ def test_whole_backups_are_verified_at_the_level_that_was_asked_for(history: His
         assert report.files == 2 and report.segments >= 1
 
 
-def test_every_file_is_compared_whatever_the_size_of_a_batch(
-    history: History, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_file_is_compared_whatever_the_size_of_a_batch(history: History, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "BATCH_FILES", 100)
     monkeypatch.setattr(verify, "BATCH_BYTES", 100_000)
     assert look(history.storage)[0].damage == ()
@@ -156,9 +154,7 @@ def test_wal_of_another_position_is_named(own: Storage, history: History) -> Non
     assert name == path.name and "not what its name says" in problem
 
 
-def test_wal_whose_records_are_damaged_is_found_by_reading_them(
-    own: Storage, history: History, tmp_path: Path
-) -> None:
+def test_wal_whose_records_are_damaged_is_found_by_reading_them(own: Storage, history: History, tmp_path: Path) -> None:
     """A whole gzip file with a right first page, and a record in it that is none."""
     path = _segments(history, own)
     with codec.open_reader(str(path)) as reader:
@@ -206,9 +202,7 @@ def test_tablespaces_are_verified(sandbox: Callable[..., Sandbox], tmp_path: Pat
     assert report.damage and all(item.path == str(tar) for item in report.damage)
 
 
-def test_encrypted_backup_is_verified_as_far_as_there_is_a_key(
-    sandbox: Callable[..., Sandbox], tmp_path: Path
-) -> None:
+def test_encrypted_backup_is_verified_as_far_as_there_is_a_key(sandbox: Callable[..., Sandbox], tmp_path: Path) -> None:
     key, other = Identity(tmp_path / "key"), Identity(tmp_path / "other")
     primary = sandbox(start=False)
     primary.encrypt_to(key.public)
@@ -237,11 +231,13 @@ def test_module_fails_with_every_damaged_file_and_shows_the_difference(own: Stor
     flip(_base(own), 10_000)
     options = {name: option.get("default") for name, option in backup_verify.ARGUMENT_SPEC.items()}
     options.update(repository=str(own.repository), cluster=CLUSTER, bin_dir=own.bin_dir, backup="all")
-    with pytest.raises(PitrError, match=r"base\.tar.*: has other content than was stored\. Nothing was changed") as caught:
+    with pytest.raises(
+        PitrError, match=r"base\.tar.*: has other content than was stored\. Nothing was changed"
+    ) as caught:
         backup_verify.run(_Invocation(True, **options))  # type: ignore[arg-type]
     assert len(caught.value.detail["damaged"]) == 1  # type: ignore[arg-type]
     told = backup_verify.run(_Invocation(True, **{**options, "fail_on_damage": False}))  # type: ignore[arg-type]
     assert not told["changed"] and [item["whole"] for item in told["verified"]] == [True, True, False]
     assert "sha256" in told["diff"]["before"] and told["diff"]["before"] != told["diff"]["after"]
-    with pytest.raises(PitrError, match="There is no backup 'b9'. There are: first, second, third"):
+    with pytest.raises(PitrError, match=r"There is no backup 'b9'. There are: first, second, third"):
         backup_verify.run(_Invocation(False, **{**options, "backup": "b9"}))  # type: ignore[arg-type]

@@ -73,7 +73,9 @@ def upgraded(
         new.server.close()
 
 
-def test_both_chapters_restore_to_identical_dumps(upgraded: tuple[Sandbox, Sandbox], restored: Callable[..., Restored]) -> None:
+def test_both_chapters_restore_to_identical_dumps(
+    upgraded: tuple[Sandbox, Sandbox], restored: Callable[..., Restored]
+) -> None:
     old, new = upgraded
     truth = dump(old.server)
     old.server.stop()
@@ -90,7 +92,9 @@ def test_both_chapters_restore_to_identical_dumps(upgraded: tuple[Sandbox, Sandb
     assert fingerprint(old.archive, old.backups) == before
     # Check mode tells and does nothing.
     told = open_chapter(old, new.server, check=True, new_chapter=True)
-    assert told["changed"] and told["chapter"] == 2 and str(old.repository / CLUSTER / "cluster.json") in told["created"]
+    assert (
+        told["changed"] and told["chapter"] == 2 and str(old.repository / CLUSTER / "cluster.json") in told["created"]
+    )
     assert [chapter.number for chapter in old.folder.chapters] == [1]
     # The step.
     done = open_chapter(old, new.server, new_chapter=True)

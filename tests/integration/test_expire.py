@@ -144,9 +144,7 @@ def test_repository_that_may_only_be_read_is_restored_from(own: Storage, restore
     assert not os.path.exists(own.folder.locks_path)
 
 
-def test_backup_that_is_being_taken_is_not_harmed(
-    sandbox: Callable[..., Sandbox], restored: Restore
-) -> None:
+def test_backup_that_is_being_taken_is_not_harmed(sandbox: Callable[..., Sandbox], restored: Restore) -> None:
     primary = sandbox()
     for number in (1, 2):
         primary.commit(f"phase {number}")
@@ -220,7 +218,9 @@ Expiry(ClusterFolder.open(sys.argv[1], "main"), Policy(keep_full=2)).run()
 """
 
 
-def test_every_backup_that_is_visible_after_a_kill_restores(history: History, tmp_path: Path, restored: Restore) -> None:
+def test_every_backup_that_is_visible_after_a_kill_restores(
+    history: History, tmp_path: Path, restored: Restore
+) -> None:
     code = -signal.SIGKILL
     # The rename, one file each, between backup and WAL, in the WAL: a moment of each kind, and beyond the end.
     for last in (1, 2, 4, 6, 7, 9, 99):

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Expire on directories: what goes is gone, what stays is untouched, and a kill or a failure in between harms nothing."""
+"""Expire on directories: what goes is gone, what stays is untouched, and a kill or a failure harms nothing."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def test_what_the_policy_does_not_need_goes_and_nothing_else(folder: ClusterFold
     assert index.ranges(1) == [(4105, 4110)] and index.ranges(2) == [(4109, 4112)]
     gone = sorted(set(before) - set(after))
     assert [name for name in gone if name.startswith("backups/")] == [
-        f"backups/{label}/{name}" for label in ("b4092", "b4095") for name in ("backup.json", "backup_manifest", "base.tar")
+        f"backups/{label}/{name}"
+        for label in ("b4092", "b4095")
+        for name in ("backup.json", "backup_manifest", "base.tar")
     ]
     segments = result["expired_segments"]
     assert segments["count"] == 15 and segments["bytes"] == 150
@@ -171,7 +173,7 @@ def test_mark_that_cannot_be_read_counts(folder: ClusterFolder) -> None:
 
 
 def test_mark_of_a_backup_that_is_not_there_is_refused(folder: ClusterFolder) -> None:
-    with pytest.raises(PitrError, match="There is no backup 'b1'. There are: b4092, b4095, b4105. Nothing was changed"):
+    with pytest.raises(PitrError, match=r"no backup 'b1'. There are: b4092, b4095, b4105. Nothing was changed"):
         set_mark(folder, "b1", "kept")
 
 
@@ -208,7 +210,7 @@ def test_backup_being_taken_that_tells_nothing_keeps_all_wal(folder: ClusterFold
 
 def test_two_at_once_are_one(folder: ClusterFolder) -> None:
     before = tree(folder.backups_path)
-    with locks.held(folder, locks.EXPIRE), pytest.raises(PitrError, match="Another expire of .* is running"):
+    with locks.held(folder, locks.EXPIRE), pytest.raises(PitrError, match=r"Another expire of .* is running"):
         expiry(folder).run()
     assert tree(folder.backups_path) == before
 
@@ -226,7 +228,7 @@ def test_backup_that_cannot_be_removed_stops_the_removal_of_wal(folder: ClusterF
     Path(folder.backups_path, "b4092", "base.tar").mkdir()
     os.truncate(Path(folder.backups_path, "b4095", "base.tar"), 17)
     archive = tree(folder.archive_path())
-    with pytest.raises(PitrError, match="base.tar.* No WAL was removed") as caught:
+    with pytest.raises(PitrError, match=r"base.tar.* No WAL was removed") as caught:
         expiry(folder).run()
     assert caught.value.detail["removed"] == ["b4095"]
     assert tree(folder.archive_path()) == archive

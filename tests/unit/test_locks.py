@@ -102,7 +102,9 @@ def test_lease_holds_for_an_hour_and_one_of_the_future_as_well(folder: ClusterFo
     assert not path.exists()
 
 
-@pytest.mark.parametrize("lease", ["", "x", "../cluster.json-01234567", "a/b-01234567", ".hidden-01234567", "b-0123456G"])
+@pytest.mark.parametrize(
+    "lease", ["", "x", "../cluster.json-01234567", "a/b-01234567", ".hidden-01234567", "b-0123456G"]
+)
 def test_lease_with_another_name_is_refused(folder: ClusterFolder, lease: str) -> None:
     with pytest.raises(PitrError, match="not the name of a lease"):
         folder.touch_lease(lease)

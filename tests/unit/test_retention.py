@@ -244,7 +244,9 @@ def test_windows_are_read(text: str, minutes: int) -> None:
     assert parse_window(text) == parse_window(text.upper()) == minutes * MINUTE
 
 
-@pytest.mark.parametrize("text", ["7", "7 m", "days", "-7 days", "0 days", "7 days or so", "1.5 h", " ", "9" * 20 + " days"])
+@pytest.mark.parametrize(
+    "text", ["7", "7 m", "days", "-7 days", "0 days", "7 days or so", "1.5 h", " ", "9" * 20 + " days"]
+)
 def test_windows_without_a_clear_unit_are_refused(text: str) -> None:
     with pytest.raises(PitrError, match="Nothing was removed"):
         parse_window(text)
@@ -252,7 +254,7 @@ def test_windows_without_a_clear_unit_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize("number", [0, -1])
 def test_keeping_no_backup_is_refused(number: int) -> None:
-    with pytest.raises(PitrError, match="at least 1 backup has to stay. Nothing was removed"):
+    with pytest.raises(PitrError, match=r"at least 1 backup has to stay. Nothing was removed"):
         Policy.from_options(number, None)
     assert Policy.from_options(None, "").is_empty and Policy.from_options(None, None).is_empty
 
@@ -328,7 +330,9 @@ def worlds(draw: st.DrawFn) -> World:
             made = dataclasses.replace(made, type="incremental", parent=draw(st.sampled_from(fulls)))
         world.backups.append(made)
     if draw(st.booleans()):
-        segments = [(t, n) for t, (_p, position, _m) in world.begin.items() for n in range(position // 4, world.ends[t] + 1)]
+        segments = [
+            (t, n) for t, (_p, position, _m) in world.begin.items() for n in range(position // 4, world.ends[t] + 1)
+        ]
         world.lost = frozenset(draw(st.lists(st.sampled_from(segments), max_size=3)))
         labels = [each.label for each in world.backups]
         if labels:
@@ -427,7 +431,9 @@ def test_second_run_finds_nothing_to_do(world: World, policy: Policy) -> None:
 def test_no_more_wal_stays_than_is_needed(last: int, quarters: list[int], policy: Policy) -> None:
     world = World({1: (0, 4, 0.0)}, {1: max(last, max(quarters) // 4 + 1)})
     for quarter in sorted(quarters):
-        made = make_backup(f"b{quarter}", 1, quarter * QUARTER, quarter * QUARTER + 9, minute=world.minute(1, quarter + 1))
+        made = make_backup(
+            f"b{quarter}", 1, quarter * QUARTER, quarter * QUARTER + 9, minute=world.minute(1, quarter + 1)
+        )
         world.backups.append(made)
     found = plan(world.backups, world.index(), policy, at(world.end))
     after = world.index(found.wal)
