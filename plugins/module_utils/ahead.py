@@ -482,6 +482,11 @@ class Prefetch:
             return False
         if fast.read(self._settings_path) != self._context.raw or self._surroundings() != self._around:
             raise PitrError("The settings or the repository have changed.")
+        lease = self._options.get("lease")
+        if lease:
+            # A call that is answered by a note opens no repository, so that it is done here.
+            with contextlib.suppress(OSError, PitrError):
+                self._folder.touch_lease(lease)
         wal_file = WalFile.parse(name)
         stored = self._folder.wal_path(wal_file, self._chapter)
         temporary, path = self._path(_FETCHING), self._path(name)

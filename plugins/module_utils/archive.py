@@ -289,16 +289,21 @@ def get(
     cluster: str,
     system_identifier: str | None = None,
     access: Mapping[str, str] | None = None,
+    lease: str | None = None,
 ) -> None:
     """Fetch one file of the archive to ``target`` (PostgreSQL's %p), whole and checked, or not at all.
 
     ``system_identifier`` selects the chapter; without it, the newest. ``access`` as for tree_for; its ``identity``
-    opens what is encrypted. Raises Absent when the file is proven not to be there, PitrError or OSError for everything
-    else.
+    opens what is encrypted. ``lease`` is renewed (see locks.py). Raises Absent when the file is proven not to be there,
+    PitrError or OSError for everything else.
     """
     wal_file = WalFile.parse(name)
     folder = ClusterFolder.open(repository, cluster, access)
     chapter = folder.require(system_identifier) if system_identifier else folder.chapter
+    if lease:
+        # A repository that may only be read, or whose host is older, is no reason to stop a recovery.
+        with contextlib.suppress(OSError, PitrError):
+            folder.touch_lease(lease)
     archive = folder.archive_path(chapter)
     if not folder.tree.exists(archive):
         raise PitrError(f"{archive} does not exist, so nothing can be said about {name}. Is the repository mounted?")

@@ -26,7 +26,7 @@ ABSENT = 79
 FAILED = 1
 USAGE = (
     "usage: pitr-wal push CLUSTER PATH"
-    " | pitr-wal get [--system-identifier=N] [--identity=PATH] CLUSTER NAME TARGET"
+    " | pitr-wal get [--system-identifier=N] [--identity=PATH] [--lease=L] CLUSTER NAME TARGET"
     " | pitr-wal receive CLUSTER"
     " | pitr-wal serve --read|--write CLUSTER [REPOSITORY]"
 )
@@ -122,7 +122,8 @@ def main(argv: list[str]) -> int:
             cluster, name, target = rest
             settings, raw = configured(folder, cluster)
             access = reader_access(settings, options.get("identity", ""))
-            get(name, target, settings["repository"], cluster, options.get("system-identifier"), access)
+            identifier, lease = options.get("system-identifier"), options.get("lease")
+            get(name, target, settings["repository"], cluster, identifier, access, lease)
             ahead.follow(folder, ahead.Context(cluster, raw, settings, access), options, name, target)
             return 0
         if verb == "serve" and len(arguments) in (2, 3) and arguments[0] in ("--read", "--write"):

@@ -585,6 +585,10 @@ class SshTree(Tree):
         finally:
             os.close(descriptor)
 
+    def touch_lease(self, path: str) -> None:
+        """Give a lease the present time of the repository host."""
+        self._simple(path, "lease")
+
     def settle(self, path: str) -> None:
         """Make sure that a stored file that is there survives a power failure."""
         self._simple(path, "settle")

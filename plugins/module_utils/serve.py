@@ -6,7 +6,8 @@
 
 Everything is enforced here, for the host at the other end may be anybody's by now: one cluster's folder and nothing
 beside it; a writer's key adds WAL under its own name, whole and of this cluster, and reads only what adding needs; a
-reader's key reads. There is no request that overwrites, renames or removes.
+reader's key reads, and renews the leases of its recoveries (empty files). There is no request that overwrites, renames
+or removes.
 
 On the path of ``pitr-wal``.
 """
@@ -23,7 +24,7 @@ from types import FrameType
 from . import codec
 from .archive import check_segment
 from .errors import PitrError
-from .repository import CLUSTER_FILE, MARKER, Chapter, ClusterFolder, require_directory
+from .repository import CLUSTER_FILE, LEASE, MARKER, Chapter, ClusterFolder, require_directory
 from .timeline import parse_history
 from .tree import LOCAL
 from .wal import SegmentHeader, WalFile, history_name
@@ -100,6 +101,11 @@ class Server:
             if self._writes:
                 raise PitrError("The key of this connection only adds WAL; it may not list directories.")
             self._wire.say(ANSWER, {"names": LOCAL.names(self._located(request.get("place")))})
+        elif operation == "lease":
+            if self._writes:
+                raise PitrError("The key of this connection only adds WAL; it holds no lease.")
+            self._lease(request.get("place"))
+            self._wire.say(ANSWER, {})
         elif operation in ("add", "settle"):
             if not self._writes:
                 raise PitrError("The key of this connection only reads; nothing was added.")
@@ -110,6 +116,14 @@ class Server:
                 self._wire.say(ANSWER, {})
         else:
             raise PitrError(f"The request '{operation}' is not known here. Is the other host's version newer?")
+
+    def _lease(self, place: object) -> None:
+        """Renew a lease: all that a reader's key may change. Its file stays empty; ClusterFolder checks its name."""
+        path = self._located(place)
+        name = os.path.basename(path)
+        if path != os.path.join(self._folder.locks_path, name) or not name.startswith(LEASE):
+            raise PitrError(f"'{place}' is not a lease. Refused.")
+        self._folder.touch_lease(name[len(LEASE) :])
 
     def _open(self, place: object) -> None:
         path = self._readable(place)

@@ -183,6 +183,17 @@ class Tree:
     def close(self, wait: bool = True) -> None:
         """End what is kept open for later requests; here there is nothing."""
 
+    def touch_lease(self, path: str) -> None:
+        """Give a lease (``locks/lease-…``) the present time, creating it when it is not there.
+
+        Apart from ``adding`` the only change; it is made for readers, too. ClusterFolder.touch_lease checks the name.
+        """
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            make_directory_of(path)
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+
     def settle(self, path: str) -> None:
         """Make sure that a stored file that is there survives a power failure."""
         fsync_directory(os.path.dirname(path))

@@ -21,6 +21,7 @@ description:
 extends_documentation_fragment:
   - pgdrill.pitr.repository
   - pgdrill.pitr.ssh
+  - pgdrill.pitr.chapter
   - pgdrill.pitr.bin_dir
   - pgdrill.pitr.attributes
 attributes:
@@ -276,6 +277,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **ssh_argument_spec(),
     "bin_dir": {"type": "path", "required": True},
     **TARGET_OPTIONS,
+    "chapter": {"type": "int"},
     "state": {"type": "str", "choices": ["present", "undone", "settled"], "default": "present"},
     "pgdata": {"type": "path", "required": True},
     "config_dir": {"type": "path"},
@@ -311,6 +313,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         keep_unaccepted=params["keep_unaccepted"],
         archive_after=params["archive_after"],
         verify=params["verify"],
+        chapter=params["chapter"],
         identity=os.path.abspath(params["identity"]) if params["identity"] else "",
         use_partial=params["use_partial"],
         ssh=ssh_settings(params),
