@@ -13,7 +13,7 @@ SANDBOX = exec "$$(command -v python3 || echo "$${PYTHON:-python3}")" tools/sand
 IN_VENV = $(SANDBOX) run --test --
 
 .DEFAULT_GOAL := help
-.PHONY: help setup drill test kill-test mutation lint sanity typecheck check-specs docs build install-check bench stop clean
+.PHONY: help setup drill test kill-test mutation lint sanity typecheck check-specs docs build install-check bench bench-archive stop clean ledger
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -57,8 +57,14 @@ build: ## the collection's archive
 install-check: ## build the collection, install it elsewhere, run a drill with what was installed
 	@$(SANDBOX) install-check --pg '$(PG)'
 
+ledger: ## what is lost when the primary burns: with a synchronous receiver, without, and with archive_command alone
+	@$(SANDBOX) test --pg '$(PG)' tests/integration/test_receiver_ledger.py -n 0 -s $(ARGS)
+
 bench: ## the drill's time beside that of the bare PostgreSQL commands
 	@$(SANDBOX) run -- python benchmarks/drill_ratio.py --pg '$(PG)' $(ARGS)
+
+bench-archive: ## archive_info and expire over a million segments: seconds and memory
+	@$(SANDBOX) run -- python benchmarks/archive_scan.py $(ARGS)
 
 stop: ## stop the servers of the sandbox
 	@$(SANDBOX) stop

@@ -4,8 +4,9 @@
 """The time of a drill beside that of the bare PostgreSQL commands of the same procedure.
 
 Both begin with nothing (no data directory, no archive) and end with a cluster that was destroyed, rebuilt, compared
-with its dump and checked with pg_amcheck. They run in turn on the same programs, with the same settings of the server,
-the same load, and as the same user. benchmarks/README.md says what is in both, and what only the drill does.
+with its dump, checked with pg_amcheck and accepted. They run in turn on the same programs, with the same settings of
+the server, the same load, and as the same user. bare.sh beside this file is what a person would type;
+benchmarks/README.md says what is in both, and what only the drill does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -51,17 +51,19 @@ def bare(layout: Layout, major: int, home: Path) -> Phases:
     argv = ["bash", str(BARE), str(layout.bin_dir(major)), str(home), str(PORT), *map(str, load)]
     # Into a file: the server keeps standard output open, and we would wait for its end.
     output = home / "output"
-    result = layout.account.capture(["sh", "-c", 'out=$1; shift; exec "$@" > "$out" 2>&1', "sh", str(output), *argv], 600)
+    watch = ["sh", "-c", 'out=$1; shift; exec "$@" > "$out" 2>&1', "sh", str(output)]
+    result = layout.account.capture([*watch, *argv], timeout=600)
     if result.returncode != 0:
-        texts = [path.read_text(encoding="utf-8", errors="replace")[-1500:] for path in home.glob("[ol]*") if path.is_file()]
-        raise Failed("\n".join([f"bare.sh failed with exit code {result.returncode}", result.stderr, *texts]))
+        logs = [path for path in (output, home / "log") if path.exists()]
+        texts = [path.read_text(encoding="utf-8", errors="replace")[-1500:] for path in logs]
+        raise Failed("\n".join([f"bare.sh failed with exit code {result.returncode}:", result.stderr, *texts]))
     lines = (home / "phases").read_text(encoding="ascii").splitlines()
     begins = [(name, float(stamp)) for stamp, _space, name in (line.partition(" ") for line in lines)]
     return {name: after - begin for (name, begin), (_next, after) in itertools.pairwise(begins)}
 
 
 class Drill:
-    """site.yml and drill.yml with the scenario latest on fresh sandbox hosts, as `make drill` runs them."""
+    """site.yml and drill.yml with the scenario latest on fresh sandbox hosts, in one command as `make drill` has it."""
 
     def __init__(self, layout: Layout, major: int, logs: Path, profile: bool) -> None:
         self._layout = layout
@@ -70,7 +72,7 @@ class Drill:
         self._profile = profile
 
     def run(self, number: int) -> Phases:
-        """One drill. Returns seconds by phase: site.yml, what the drill's modules took, and the rest of drill.yml."""
+        """One drill. Returns seconds by phase: what the drill's modules took, and all the rest of both playbooks."""
         stamps, log = self._logs / f"{number}.stamps", self._logs / f"{number}.log"
         evidence = self._logs / f"{number}.evidence"
         variables = json.dumps({"drill_scenarios": ["latest"], "drill_evidence_dir": str(evidence)})
@@ -93,14 +95,14 @@ class Drill:
         for item in document["phases"] + document["scenarios"][0]["phases"]:
             phases[f"drill: {item['name']}"] = item["seconds"]
         modules = sum(phases.values())
-        # Truncated to a second in the evidence, so the two parts are only told apart by the profile; the sum is exact.
         return {**phases, "site.yml, Ansible, acceptance, evidence": end - begin - modules}
 
     def slowest(self, number: int, count: int = 16) -> list[tuple[str, float]]:
         """The slowest tasks of a profiled run, with their seconds on the clock."""
         text = (self._logs / f"{number}.log").read_text(encoding="utf-8")
-        found = re.findall(r"^(.+?) -{2,} +([0-9.]+)s$", text, re.MULTILINE)
-        tasks = [(name.removeprefix("pgdrill.pitr."), float(seconds)) for name, seconds in found]
+        # The callback lists what it has at the end of each playbook, so that tasks of the first one stand there twice.
+        found = dict(re.findall(r"^(.+?) -{2,} +([0-9.]+)s$", text, re.MULTILINE))
+        tasks = [(name.removeprefix("pgdrill.pitr."), float(seconds)) for name, seconds in found.items()]
         return sorted(tasks, key=lambda item: -item[1])[:count]
 
 

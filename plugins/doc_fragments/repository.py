@@ -15,6 +15,8 @@ options:
   repository:
     description:
       - Directory of the repository, as seen from the host that runs the module.
+      - Modules with the option C(ssh_identity) also take C(ssh://user@host:port/absolute/path), a repository on
+        another host. The others belong on the repository host itself.
     type: path
     required: true
   cluster:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 from . import codec
 from .errors import PitrError
@@ -93,21 +93,28 @@ def _history_text(wal_file: WalFile, folder: ClusterFolder, chapter: Chapter, pg
 
 def same_content(stored: str, tree: Tree, source: int) -> bool:
     """Whether a stored file has the content of this open one. Raises PitrError when it is damaged."""
-    if codec.is_encrypted(stored, tree):
-        from .crypt import content_digest, verify_stored
+    held = tree.open(stored)
+    try:
+        if codec.is_encrypted(held):
+            from .crypt import check_stored, content_digest
 
-        # This host cannot decrypt it. Its first line tells the content, and that what follows is whole.
-        header = verify_stored(tree, stored)
-        return (header.content, header.size) == content_digest(source)
-    os.lseek(source, 0, os.SEEK_SET)
-    with codec.open_reader(stored, tree) as reader:
-        while True:
-            ours = os.read(source, codec.CHUNK)
-            theirs = reader.read(len(ours) or 1)
-            if ours != theirs:
-                return False
-            if not ours:
-                return True
+            # This host cannot decrypt it. Its first line tells the content, and that what follows is whole.
+            header = check_stored(held)
+            return (header.content, header.size) == content_digest(source)
+        os.lseek(source, 0, os.SEEK_SET)
+        reader = codec.Reader(held)
+        try:
+            while True:
+                ours = os.read(source, codec.CHUNK)
+                theirs = reader.read(len(ours) or 1)
+                if ours != theirs:
+                    return False
+                if not ours:
+                    return True
+        finally:
+            reader.close()
+    finally:
+        held.close()
 
 
 def _content_size(stored: str, tree: Tree) -> int:
@@ -128,7 +135,7 @@ def _already_stored(stored: str, tree: Tree, source: int, path: str) -> str:
         raise
     if not same:
         own = os.fstat(source).st_size
-        held = own if codec.is_encrypted(stored, tree) else _content_size(stored, tree)
+        held = own if codec.is_stored_encrypted(stored, tree) else _content_size(stored, tree)
         if held != own and WalFile.parse(os.path.basename(path)).kind in ("segment", "partial"):
             raise PitrError(
                 f"{path} was not archived: the archive already has it, but {stored} is damaged: it holds {held} bytes"
@@ -143,6 +150,116 @@ def _already_stored(stored: str, tree: Tree, source: int, path: str) -> str:
     return f"{os.path.basename(path)} was already in the archive, with the same content"
 
 
+class Pushing:
+    """One file of pg_wal on its way into the archive.
+
+    What can be refused is refused when the object is made, and compressing begins; ``finish`` stores. Several can be
+    under way, but they must be finished in the order of the server: a segment whose predecessor was refused may belong
+    to a copy of the cluster, and must not be there before that of the owner.
+    """
+
+    def __init__(self, path: str, folder: ClusterFolder, compression: str) -> None:
+        """Raises PitrError or OSError when it is refused. Afterwards ``finish`` or ``close`` has to be called."""
+        self.path = path
+        self._tree = folder.tree
+        self._storing: codec.Storing | None = None
+        self._adding = contextlib.ExitStack()
+        wal_file = WalFile.parse(os.path.basename(path))
+        self.stored = folder.wal_path(wal_file, folder.chapter)
+        try:
+            self.source = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise PitrError(f"{path} cannot be read: {error.strerror}.") from None
+        try:
+            self._before = os.fstat(self.source)
+            if wal_file.kind in ("segment", "partial"):
+                self._check(wal_file, folder, folder.chapter)
+            elif wal_file.kind == "history":
+                self._check_history(wal_file)
+            if not self._tree.exists(self.stored):
+                # Timelines must be known to hosts that have no key: what there is, and what to keep, depends on them.
+                recipients = () if wal_file.kind == "history" else folder.recipients
+                with self._telling():
+                    temporary = self._adding.enter_context(self._tree.adding(self.stored))
+                    self._storing = codec.Storing(
+                        self.source, temporary, kept_as(wal_file, compression), self._before.st_size, recipients
+                    )
+        except BaseException:
+            self.close()
+            raise
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Errors of storing tell which file did not get where."""
+        try:
+            yield
+        except FileExistsError:
+            raise
+        except OSError as error:
+            # Writing to a descriptor and syncing it name no file.
+            error.filename = error.filename or f"{self.path} to {self.stored}"
+            raise
+        except PitrError as error:
+            raise PitrError(f"{self.path} was not archived: {self.stored}: {error.message}") from None
+
+    def _check_history(self, wal_file: WalFile) -> None:
+        """Not one that is none, such as a stored one, which is compressed, copied back by hand.
+
+        Nobody could restore past it.
+        """
+        text = os.pread(self.source, self._before.st_size, 0)
+        try:
+            parse_history(wal_file.timeline, text.decode(errors="replace"))
+        except PitrError as error:
+            raise PitrError(f"{self.path} is no timeline history file. Refused; {error.message}") from None
+
+    def _check(self, wal_file: WalFile, folder: ClusterFolder, chapter: Chapter) -> None:
+        size = self._before.st_size
+        if size != chapter.wal_segment_size:
+            raise PitrError(
+                f"{self.path} has {size} bytes, a segment of this cluster {chapter.wal_segment_size}. Refused."
+            )
+        pg_wal = os.path.dirname(self.path) or "."
+        head = os.pread(self.source, SegmentHeader.SIZE, 0)
+        check_segment(head, wal_file, chapter, self.path, lambda: _history_text(wal_file, folder, chapter, pg_wal))
+
+    def finish(self) -> str:
+        """Returns what was done; returning means it is on stable storage. Raises PitrError or OSError when not."""
+        try:
+            if self._storing is None:
+                return _already_stored(self.stored, self._tree, self.source, self.path)
+            try:
+                # Temporary file, write, fsync; leaving: link without replacing, fsync of the directory.
+                with self._telling(), self._adding:
+                    storing, self._storing = self._storing, None
+                    storing.finish()
+                    after = os.fstat(self.source)
+                    if (self._before.st_size, self._before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                        raise PitrError(
+                            f"{self.path} was changed while it was read. It was not archived; nothing was changed."
+                        )
+            except FileExistsError:
+                return _already_stored(self.stored, self._tree, self.source, self.path)
+            return f"{os.path.basename(self.path)} archived"
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let go, also in the middle; then nothing was stored."""
+        storing, self._storing = self._storing, None
+        if storing is not None:
+            storing.abort()
+        with contextlib.suppress(_Abandoned), self._adding:
+            raise _Abandoned
+        if self.source >= 0:
+            os.close(self.source)
+            self.source = -1
+
+
+class _Abandoned(Exception):
+    """Leaves a block without what its end would do."""
+
+
 def push(
     path: str, repository: str, cluster: str, compression: str = "auto", access: Mapping[str, str] | None = None
 ) -> str:
@@ -150,38 +267,9 @@ def push(
 
     Pushing the same file again succeeds and changes nothing. Raises PitrError or OSError when it is not archived.
     """
-    wal_file = WalFile.parse(os.path.basename(path))
-    pg_wal = os.path.dirname(path) or "."
-    folder = ClusterFolder.open(repository, cluster, access)
-    chapter = folder.chapter
-    try:
-        source = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise PitrError(f"{path} cannot be read: {error.strerror}.") from None
-    try:
-        if wal_file.kind in ("segment", "partial"):
-            size = os.fstat(source).st_size
-            if size != chapter.wal_segment_size:
-                raise PitrError(
-                    f"{path} has {size} bytes, a segment of this cluster {chapter.wal_segment_size}. Refused."
-                )
-            head = os.pread(source, SegmentHeader.SIZE, 0)
-            check_segment(head, wal_file, chapter, path, lambda: _history_text(wal_file, folder, chapter, pg_wal))
-        elif wal_file.kind == "history":
-            # Such as a stored one, which is compressed, copied back by hand. Nobody could restore past it.
-            text = os.pread(source, os.fstat(source).st_size, 0)
-            try:
-                parse_history(wal_file.timeline, text.decode(errors="replace"))
-            except PitrError as error:
-                raise PitrError(f"{path} is no timeline history file. Refused; {error.message}") from None
-        stored = folder.wal_path(wal_file, chapter)
-        if folder.tree.exists(stored):
-            return _already_stored(stored, folder.tree, source, path)
-        # Timelines must be known to hosts that have no key: what there is, and what to keep, depends on them.
-        recipients = () if wal_file.kind == "history" else folder.recipients
-        return _store(source, path, stored, folder.tree, kept_as(wal_file, compression), recipients)
-    finally:
-        os.close(source)
+    # Refused before the repository is looked at: a name that no server hands out is nobody's fault but the caller's.
+    WalFile.parse(os.path.basename(path))
+    return Pushing(path, ClusterFolder.open(repository, cluster, access), compression).finish()
 
 
 def kept_as(wal_file: WalFile, compression: str) -> tuple[str, int]:
@@ -194,29 +282,6 @@ def kept_as(wal_file: WalFile, compression: str) -> tuple[str, int]:
     return ("gzip", 0) if name == "none" else (name, level)
 
 
-def _store(
-    source: int, path: str, stored: str, tree: Tree, kept: tuple[str, int], recipients: Sequence[str] = ()
-) -> str:
-    """Temporary file, write, fsync, link without replacing, fsync of the directory."""
-    before = os.fstat(source)
-    try:
-        with tree.adding(stored) as temporary:
-            os.lseek(source, 0, os.SEEK_SET)
-            codec.store(source, temporary, kept, before.st_size, recipients)
-            after = os.fstat(source)
-            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                raise PitrError(f"{path} was changed while it was read. It was not archived; nothing was changed.")
-    except FileExistsError:
-        return _already_stored(stored, tree, source, path)
-    except OSError as error:
-        # Writing to a descriptor and syncing it name no file.
-        error.filename = error.filename or f"{path} to {stored}"
-        raise
-    except PitrError as error:
-        raise PitrError(f"{path} was not archived: {stored}: {error.message}") from None
-    return f"{os.path.basename(path)} archived"
-
-
 def get(
     name: str,
     target: str,
@@ -224,15 +289,21 @@ def get(
     cluster: str,
     system_identifier: str | None = None,
     access: Mapping[str, str] | None = None,
+    lease: str | None = None,
 ) -> None:
     """Fetch one file of the archive to ``target`` (PostgreSQL's %p), whole and checked, or not at all.
 
-    ``system_identifier`` selects the chapter; without it, the newest. ``identity``: path of the file with the keys to
-    what is encrypted. Raises Absent when the file is proven not to be there, PitrError or OSError for everything else.
+    ``system_identifier`` selects the chapter; without it, the newest. ``access`` as for tree_for; its ``identity``
+    opens what is encrypted. ``lease`` is renewed (see locks.py). Raises Absent when the file is proven not to be there,
+    PitrError or OSError for everything else.
     """
     wal_file = WalFile.parse(name)
     folder = ClusterFolder.open(repository, cluster, access)
     chapter = folder.require(system_identifier) if system_identifier else folder.chapter
+    if lease:
+        # A repository that may only be read, or whose host is older, is no reason to stop a recovery.
+        with contextlib.suppress(OSError, PitrError):
+            folder.touch_lease(lease)
     archive = folder.archive_path(chapter)
     if not folder.tree.exists(archive):
         raise PitrError(f"{archive} does not exist, so nothing can be said about {name}. Is the repository mounted?")

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import codec, crypt
+from . import codec, crypt, locks
 from .catalog import Backup, StoredFile, Tablespace
 from .errors import PitrError
 from .index import scan
@@ -41,6 +41,7 @@ from .tree import LOCAL, Tree, fsync_directory, make_directory, temporary_name
 from .wal import Lsn, history_name
 
 MANIFEST = "backup_manifest"
+KEEP_FILE = "keep.json"
 _RANGE = re.compile(rb'\{ "Timeline": (\d+), "Start-LSN": "([0-9A-F/]+)", "End-LSN": "([0-9A-F/]+)" \}')
 _SIZE = re.compile(rb'^\{ "(?:Encoded-)?Path": .*?, "Size": (\d+),')
 
@@ -64,6 +65,20 @@ def stored_backups(folder: ClusterFolder) -> list[Backup]:
         except PitrError as error:
             raise PitrError(f"{document}: {error.message}.") from None
     return sorted(backups, key=lambda backup: (backup.stopped_at, backup.label))
+
+
+def keep_mark(folder: ClusterFolder, label: str) -> str | None:
+    """The reason that was given for keeping this backup whatever the policy, None when it has no such mark.
+
+    A mark that cannot be read counts.
+    """
+    path = os.path.join(folder.backups_path, label, KEEP_FILE)
+    try:
+        return str(read_json(path, folder.tree).get("reason") or "kept")
+    except FileNotFoundError:
+        return None
+    except (OSError, PitrError):
+        return "kept; the mark cannot be read"
 
 
 def damaged_backups(folder: ClusterFolder, backups: list[Backup]) -> dict[str, str]:
@@ -216,7 +231,13 @@ class BaseBackup:
                 sweep(self._folder)
             label, partial, lock = self._claim(started_at)
             final = os.path.join(self._folder.backups_path, label)
+            stack = contextlib.ExitStack()
             try:
+                # The backup will need WAL from here on; an expire must leave it.
+                timeline, lsn = query(
+                    connection, "SELECT timeline_id, pg_current_wal_lsn()::text FROM pg_control_checkpoint()"
+                )[0]
+                stack.enter_context(locks.taking(self._folder, label, int(timeline), Lsn.parse(lsn)))
                 self._copy(connection, partial, label, facts, lock)
                 stopped_at, next_xid = query(
                     connection, "SELECT clock_timestamp(), pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
@@ -232,6 +253,7 @@ class BaseBackup:
                 raise
             finally:
                 os.close(lock)
+                stack.close()
         return backup
 
     def _claim(self, started_at: datetime.datetime) -> tuple[str, str, int]:
@@ -474,19 +496,19 @@ def sweep(folder: ClusterFolder) -> list[str]:
         if not (name.startswith(".") and name.endswith(".partial")):
             continue
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
             # It has just been finished, or is not a directory of ours.
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(held), os.stat(path)):
                 shutil.rmtree(path)
                 removed.append(path)
         except (BlockingIOError, FileNotFoundError):
             pass
         finally:
-            os.close(descriptor)
+            os.close(held)
     return removed
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import datetime
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Protocol
 
 from .errors import PitrError
+from .repository import ClusterFolder
 
 
 def login_argument_spec() -> dict[str, dict[str, Any]]:
@@ -33,6 +34,26 @@ def repository_argument_spec() -> dict[str, dict[str, Any]]:
         "repository": {"type": "path", "required": True},
         "cluster": {"type": "str", "required": True},
     }
+
+
+def ssh_argument_spec() -> dict[str, dict[str, Any]]:
+    """How a repository on another host is reached (doc fragment pgdrill.pitr.ssh)."""
+    return {
+        "ssh_identity": {"type": "path", "default": ""},
+        "ssh_known_hosts": {"type": "path", "default": ""},
+        "ssh_timeout": {"type": "int", "default": 30},
+    }
+
+
+def ssh_settings(params: Mapping[str, Any]) -> dict[str, str]:
+    """The options of ssh_argument_spec, as the engine wants them."""
+    return {name: str(params[name]) for name in ssh_argument_spec() if params[name]}
+
+
+def open_cluster(params: Mapping[str, Any]) -> ClusterFolder:
+    """The cluster's folder that a module's options name. Raises PitrError."""
+    access = {**ssh_settings(params), "identity": params.get("identity") or ""}
+    return ClusterFolder.open(params["repository"], params["cluster"], access)
 
 
 class Invocation(Protocol):

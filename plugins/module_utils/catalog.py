@@ -62,6 +62,8 @@ class Backup:
     next_xid: int | None = None
     # Id of the recipients that its files are encrypted to (crypt.recipients_id), empty when they are not.
     encryption: str = ""
+    # Label of the backup that an incremental one builds upon; None for a full one.
+    parent: str | None = None
 
     @property
     def stored_bytes(self) -> int:
@@ -111,6 +113,7 @@ class Backup:
                 tablespaces=tuple(Tablespace(item["oid"], item["location"]) for item in value["tablespaces"]),
                 next_xid=value.get("next_xid"),
                 encryption=value.get("encryption", ""),
+                parent=value.get("parent"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PitrError(f"a backup's description is damaged: {type(error).__name__} {error}") from None

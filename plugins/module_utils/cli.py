@@ -12,19 +12,23 @@ number: an interpreter that cannot start, or a crash of Python, exits 1, and Pos
 from __future__ import annotations
 
 import json
-import os
 import sys
 
-from .archive import Absent, get, push
+from . import ahead, fast
+from .archive import Absent, get
 from .errors import PitrError
+
+TYPE_CHECKING = False  # typing's own would cost more than most of what this imports
+if TYPE_CHECKING:
+    from typing import Any
 
 ABSENT = 79
 FAILED = 1
 USAGE = (
     "usage: pitr-wal push CLUSTER PATH"
-    " | pitr-wal get [--system-identifier=N] [--identity=PATH] CLUSTER NAME TARGET"
+    " | pitr-wal get [--system-identifier=N] [--identity=PATH] [--lease=L] CLUSTER NAME TARGET"
     " | pitr-wal receive CLUSTER"
-    " | pitr-wal serve --read|--write CLUSTER REPOSITORY"
+    " | pitr-wal serve --read|--write CLUSTER [REPOSITORY]"
 )
 
 LAUNCHER = """\
@@ -33,13 +37,16 @@ LAUNCHER = """\
 # PostgreSQL reads exit 1 from restore_command as "end of archive", and hides an archive_command that ends above 125.
 # So only a proven absence leaves here as 1 for get (79 inside), and every failure of push stays within 1 to 125.
 # serve speaks over its standard input; receive runs for as long as the host does, and a signal has to reach it.
+start() {{
+exec {python} -I -S {library}/__main__.py {folder} "$@"
+}}
 case "$1" in
-  serve) exec {python} -I -S {library} {folder} "$@" ;;
-  receive) exec {python} -I -S {library} {folder} "$@" < /dev/null ;;
+  serve) start "$@" ;;
+  receive) start "$@" < /dev/null ;;
 esac
 # The traps are for what ends this shell on the way: when there is no free process, dash ends with 2.
 case "$1" in get) trap 'exit 200' 0 ;; *) trap 'exit 125' 0 ;; esac
-{python} -I -S {library} {folder} "$@" < /dev/null
+(start "$@") < /dev/null
 status=$?
 trap - 0
 case "$1:$status" in
@@ -51,17 +58,42 @@ esac
 """
 
 
-def configuration(folder: str, cluster: str) -> dict[str, str]:
+def configuration(folder: str, cluster: str) -> dict[str, Any]:
     """Read ``<folder>/<cluster>.json``: repository, compression, how to reach and read it. Raises PitrError."""
-    path = os.path.join(folder, f"{cluster}.json")
+    return configured(folder, cluster)[0]
+
+
+def configured(folder: str, cluster: str) -> tuple[dict[str, Any], bytes]:
+    """The settings, and the bytes that they were read from. Raises PitrError."""
+    path = fast.settings_path(folder, cluster)
     try:
-        with open(path, encoding="utf-8") as stream:
-            value = json.load(stream)
-    except (OSError, ValueError) as error:
+        raw = fast.read(path)
+    except OSError as error:
+        raise PitrError(f"The settings {path} cannot be read: {error}.") from None
+    return parsed(path, raw), raw
+
+
+def parsed(path: str, raw: bytes) -> dict[str, Any]:
+    """The settings in these bytes of the file ``path``. Raises PitrError when they are not usable."""
+    try:
+        value = json.loads(raw)
+    except ValueError as error:
         raise PitrError(f"The settings {path} cannot be read: {error}.") from None
     if not isinstance(value, dict) or not value.get("repository"):
         raise PitrError(f"{path} names no repository.")
     return value
+
+
+def writer_access(settings: dict[str, Any]) -> dict[str, str]:
+    """How push reaches the repository."""
+    return {**settings, "ssh_identity": settings.get("ssh_writer_identity", ""), "identity": ""}
+
+
+def reader_access(settings: dict[str, Any], identity: str) -> dict[str, str]:
+    """How get reaches and reads it; ``identity`` is that of the call, before that of the settings."""
+    access = {**settings, "ssh_identity": settings.get("ssh_reader_identity", "")}
+    access["identity"] = identity or settings.get("identity", "")
+    return access
 
 
 def main(argv: list[str]) -> int:
@@ -70,9 +102,8 @@ def main(argv: list[str]) -> int:
     try:
         folder, arguments = argv[0], argv[2:]
         if verb == "push" and len(arguments) == 2:
-            settings = configuration(folder, arguments[0])
-            access = {**settings, "ssh_identity": settings.get("ssh_writer_identity", ""), "identity": ""}
-            push(arguments[1], settings["repository"], arguments[0], settings.get("compression", "auto"), access)
+            settings, raw = configured(folder, arguments[0])
+            ahead.push(ahead.Context(arguments[0], raw, settings, writer_access(settings)), arguments[1])
             return 0
         if verb == "hold":
             # archive_command of a restored cluster that nobody has accepted yet: its WAL waits in pg_wal.
@@ -86,21 +117,20 @@ def main(argv: list[str]) -> int:
             settings = configuration(folder, arguments[0])
             compression = settings.get("compression", "auto")
             return receiver.main(folder, arguments[0], settings["repository"], compression)
-        options = {}
-        while verb == "get" and arguments and arguments[0].startswith(("--system-identifier=", "--identity=")):
-            name, _equals, value = arguments.pop(0).partition("=")
-            options[name] = value
-        if verb == "get" and len(arguments) == 3:
-            settings = configuration(folder, arguments[0])
-            access = {**settings, "ssh_identity": settings.get("ssh_reader_identity", "")}
-            access["identity"] = options.get("--identity") or settings.get("identity", "")
-            identifier = options.get("--system-identifier")
-            get(arguments[1], arguments[2], settings["repository"], arguments[0], identifier, access)
+        options, rest = fast.arguments_of(argv)
+        if verb == "get" and len(rest) == 3 and not options.keys() - fast.GET_OPTIONS:
+            cluster, name, target = rest
+            settings, raw = configured(folder, cluster)
+            access = reader_access(settings, options.get("identity", ""))
+            identifier, lease = options.get("system-identifier"), options.get("lease")
+            get(name, target, settings["repository"], cluster, identifier, access, lease)
+            ahead.follow(folder, ahead.Context(cluster, raw, settings, access), options, name, target)
             return 0
-        if verb == "serve" and len(arguments) == 3 and arguments[0] in ("--read", "--write"):
+        if verb == "serve" and len(arguments) in (2, 3) and arguments[0] in ("--read", "--write"):
             from .serve import serve
 
-            return serve(arguments[0][2:], arguments[1], arguments[2])
+            repository = arguments[2] if arguments[2:] else configuration(folder, arguments[1])["repository"]
+            return serve(arguments[0][2:], arguments[1], repository)
         sys.stderr.write(USAGE + "\n")
         return FAILED
     except Absent:

@@ -20,11 +20,11 @@ import os
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from .errors import PitrError
 from .tree import LOCAL, Source, Tree
 
+TYPE_CHECKING = False  # typing's own would cost more than most of what this imports
 if TYPE_CHECKING:
     from .crypt import Seal
 
@@ -223,19 +223,26 @@ def _write_all(target: int, data: bytes) -> None:
         view = view[os.write(target, view) :]
 
 
-@contextlib.contextmanager
-def _new_file(path: str) -> Iterator[int]:
-    """A descriptor for ``path`` (0600, must not exist); on stable storage afterwards, or removed again."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        yield descriptor
-        os.fsync(descriptor)
-    except BaseException:
+class NewFile:
+    """A file (0600) that must not exist yet. ``keep`` puts it on stable storage, ``discard`` removes it."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+
+    def keep(self) -> None:
+        """Only now may it get its name."""
+        os.fsync(self.descriptor)
+        os.close(self.descriptor)
+        self.descriptor = -1
+
+    def discard(self) -> None:
+        """As if it had never been; also after ``keep``."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
         with contextlib.suppress(OSError):
-            os.unlink(path)
-        raise
-    finally:
-        os.close(descriptor)
+            os.unlink(self._path)
 
 
 @contextlib.contextmanager
@@ -244,46 +251,75 @@ def open_writer(path: str, codec: str | tuple[str, int]) -> Iterator[Writer]:
 
     Raises FileExistsError, OSError, or PitrError; then the file is removed again.
     """
-    with _new_file(path) as descriptor:
-        writer = Writer(descriptor, codec)
+    file = NewFile(path)
+    try:
+        writer = Writer(file.descriptor, codec)
         try:
             yield writer
             writer.finish()
+            file.keep()
         except BaseException:
             writer.abort()
             raise
+    except BaseException:
+        file.discard()
+        raise
 
 
-def store(source: int, path: str, codec: str | tuple[str, int], size: int, recipients: Sequence[str] = ()) -> None:
-    """Create ``path`` (0600, must not exist) with the content of an open file, and leave it on stable storage.
+class Storing:
+    """An open file on its way into a new one, ``path`` (0600, must not exist), compressed.
 
-    ``source`` stands at its beginning, and holds ``size`` bytes. Where the codec is a command, it reads the file
-    itself: no content passes through Python. With ``recipients`` it is encrypted to them (crypt.py). Raises
-    FileExistsError, OSError, or PitrError; then the file is removed again.
+    Where the codec is a command, it reads the file itself from the moment on that this object exists: no content
+    passes through Python, and several can be under way at the same time.
     """
-    name, level = parse(codec) if isinstance(codec, str) else codec
-    stages = compressing(name, level, size)
-    seal = _seal(recipients)
-    with _new_file(path) as descriptor:
-        after = seal.begin(descriptor) if seal else []
-        if stages:
-            pipeline = Pipeline([*stages, *after], source, descriptor)
-            try:
-                if seal:
-                    # While the processes work.
-                    seal.read(source)
-            except BaseException:
-                pipeline.kill()
-                raise
-            said = pipeline.finish()
-            if said:
-                raise PitrError(f"{name} could not write: {said}.")
-        else:
-            _deflate(source, Writer(descriptor, (name, level), after))
-            if seal:
-                seal.read(source)
-        if seal:
-            seal.finish(descriptor)
+
+    def __init__(
+        self, source: int, path: str, codec: str | tuple[str, int], size: int, recipients: Sequence[str] = ()
+    ) -> None:
+        """``source`` stands at its beginning, and holds ``size`` bytes. With ``recipients`` it is encrypted (crypt.py).
+
+        Raises FileExistsError, OSError, or PitrError; then there is no new file.
+        """
+        self._codec = parse(codec) if isinstance(codec, str) else codec
+        self._source = source
+        self._seal = _seal(recipients)
+        stages = compressing(*self._codec, size)
+        self._pipeline: Pipeline | None = None
+        self._file = NewFile(path)
+        try:
+            self._after = self._seal.begin(self._file.descriptor) if self._seal else []
+            if stages:
+                self._pipeline = Pipeline([*stages, *self._after], source, self._file.descriptor)
+        except BaseException:
+            self._file.discard()
+            raise
+
+    def finish(self) -> None:
+        """All of it is on stable storage. Raises OSError or PitrError; then the new file is removed."""
+        try:
+            if self._pipeline is None:
+                _deflate(self._source, Writer(self._file.descriptor, self._codec, self._after))
+            if self._seal:
+                # While the processes work.
+                self._seal.read(self._source)
+            if self._pipeline is not None:
+                pipeline, self._pipeline = self._pipeline, None
+                said = pipeline.finish()
+                if said:
+                    raise PitrError(f"{self._codec[0]} could not write: {said}.")
+            if self._seal:
+                self._seal.finish(self._file.descriptor)
+            self._file.keep()
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Stop, and remove the new file."""
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None:
+            pipeline.kill()
+        self._file.discard()
 
 
 def _seal(recipients: Sequence[str]) -> Seal | None:
@@ -402,16 +438,17 @@ class Reader:
             pipeline.kill()
 
 
-def _encrypted(head: bytes) -> bool:
-    # As in crypt.py, which is not imported for every file.
-    return head.startswith((b"pitr-age ", b"age-encryption.org/"))
-
-
-def is_encrypted(path: str, tree: Tree = LOCAL) -> bool:
+def is_encrypted(source: Source) -> bool:
     """Whether a stored file is encrypted, by its first bytes."""
+    # As in crypt.py, which is not imported for every file.
+    return source.peek(32).startswith((b"pitr-age ", b"age-encryption.org/"))
+
+
+def is_stored_encrypted(path: str, tree: Tree = LOCAL) -> bool:
+    """The same, of a file by its path."""
     source = tree.open(path)
     try:
-        return _encrypted(source.peek(32))
+        return is_encrypted(source)
     finally:
         source.close()
 
@@ -420,7 +457,7 @@ def open_source(path: str, tree: Tree = LOCAL) -> Source:
     """The stored bytes of a file; those inside of it when it is encrypted. Raises as open_reader does."""
     source = tree.open(path)
     try:
-        if _encrypted(source.peek(32)):
+        if is_encrypted(source):
             from .crypt import Decrypted
 
             return Decrypted(source, tree.identity)

@@ -83,7 +83,8 @@ def parse_header(head: bytes, name: str) -> Header:
     """
     fields = head[:LENGTH].split(b" ")
     version = fields[1] if len(fields) > 1 else b""
-    if head.startswith(PREFIX) and version != VERSION and version.isdigit() and version[:1] != b"0" and len(version) < 6:
+    is_number = version.isdigit() and version[:1] != b"0" and len(version) < 6
+    if head.startswith(PREFIX) and is_number and version != VERSION:
         raise PitrError(f"{name} was encrypted by a newer version of pgdrill.pitr. Update it here.", path=name)
     if len(fields) == 6 and [len(field) for field in fields[2:]] == [64, 64, 12, 17]:
         content, stored, size, recipients = fields[2:]
@@ -425,28 +426,64 @@ def read_header(tree: Tree, path: str) -> Header | None:
     return parse_header(head, path) if head.startswith(PREFIX) else None
 
 
-def verify_stored(tree: Tree, path: str) -> Header:
+def by_recipients(tree: Tree, paths: Sequence[str]) -> dict[str, str]:
+    """One encrypted file for each set of recipients, by its id, among these files of the archive in their order.
+
+    Looks at the first line of each; where that takes long, at the first and the last, and between two that differ. Then
+    recipients that were in force for a while between two times of the same others are not found.
+    """
+    found: dict[str, str] = {}
+
+    def look(at: int) -> str:
+        header = read_header(tree, paths[at])
+        if header is None:
+            return ""
+        found.setdefault(header.recipients, paths[at])
+        return header.recipients
+
+    if not tree.is_far:
+        for at in range(len(paths)):
+            look(at)
+        return found
+    # Pairs of positions with what was found there.
+    last = len(paths) - 1
+    pairs = [(0, look(0), last, look(last))] if paths else []
+    while pairs:
+        left, first, right, second = pairs.pop()
+        if first != second and right - left > 1:
+            middle = (left + right) // 2
+            between = look(middle)
+            pairs += [(left, first, middle, between), (middle, between, right, second)]
+    return found
+
+
+def check_stored(source: Source) -> Header:
     """Compare an encrypted file of the archive with its first line, for which no key is needed.
 
     Raises PitrError when its bytes are not those that were stored.
     """
+    header = parse_header(source.peek(), source.name)
+    source.skip(LENGTH)
+    digest = hashlib.sha256()
+    while True:
+        data = os.read(source.descriptor, CHUNK)
+        if not data:
+            break
+        digest.update(data)
+    # The transfer, not the file.
+    source.check()
+    if digest.hexdigest() != header.stored:
+        raise PitrError(f"{source.name} is damaged: its bytes are not those that were stored.", path=source.name)
+    return header
+
+
+def verify_stored(tree: Tree, path: str) -> Header:
+    """The same by its path."""
     source = tree.open(path)
     try:
-        header = parse_header(source.peek(), path)
-        source.skip(LENGTH)
-        digest = hashlib.sha256()
-        while True:
-            data = os.read(source.descriptor, CHUNK)
-            if not data:
-                break
-            digest.update(data)
-        # The transfer, not the file.
-        source.check()
+        return check_stored(source)
     finally:
         source.close()
-    if digest.hexdigest() != header.stored:
-        raise PitrError(f"{path} is damaged: its bytes are not those that were stored.", path=path)
-    return header
 
 
 def content_digest(descriptor: int) -> tuple[str, int]:

@@ -7,73 +7,75 @@
 from __future__ import annotations
 
 import datetime
+import os
+from collections.abc import Mapping
 from typing import Any
 
-from .backup import damaged_backups, stored_backups
+from .backup import damaged_backups, keep_mark, stored_backups
 from .catalog import Backup
 from .crypt import LockedError
 from .index import ArchiveIndex, scan
 from .plan import reachable_end
-from .repository import ClusterFolder
+from .repository import Chapter, ClusterFolder
+from .retention import WalRange, missing_wal, needed_from, unneeded
+from .sizes import Sizes, folder_bytes
 from .timeline import Span
-from .wal import Lsn, WalFile
+from .wal import Lsn, WalFile, is_log
 from .waldump import WalScanner
 
 MAX_GAPS = 100
+MAX_NAMES = 100
 
 
-def archive_info(folder: ClusterFolder, bin_dir: str = "") -> dict[str, Any]:
-    """Timelines, ranges, gaps, and the age of the newest segment.
+def archive_info(
+    folder: ClusterFolder, bin_dir: str = "", chapter: Chapter | None = None, sizes: bool = True
+) -> dict[str, Any]:
+    """Timelines, ranges, holes, ages, and the WAL that backups need, in one walk over the names.
 
-    With ``bin_dir`` also the last commit (pg_waldump).
+    With ``bin_dir`` also the last commit (pg_waldump); with ``sizes`` the stored bytes, which costs a look at each
+    file and is only done where the repository is a directory of this host.
     """
-    index = scan(folder)
-    tree = index.tree
-    timelines = []
-    gaps: list[dict[str, Any]] = []
-    for timeline in index.timelines:
-        parent = tree.parent(timeline)
-        ranges = index.ranges(timeline)
-        timelines.append(
-            {
-                "timeline": timeline,
-                "parent": parent.timeline if parent else None,
-                "switch_lsn": str(parent.lsn) if parent else None,
-                "reason": parent.reason if parent else None,
-                "segments": sum(last - first + 1 for first, last in ranges),
-                "ranges": [
-                    [index.name(timeline, first), index.name(timeline, last)] for first, last in ranges[-MAX_GAPS:]
-                ],
-            }
-        )
-        for first, last in index.gaps(timeline)[:MAX_GAPS]:
-            names = {"first": index.name(timeline, first), "last": index.name(timeline, last)}
-            gaps.append({"timeline": timeline, "segments": last - first + 1, **names})
+    chapter = chapter or folder.chapter
+    archive = folder.archive_path(chapter)
+    counted = None
+    if sizes and os.path.isdir(archive):
+        counted = Sizes(archive, [name for name in folder.tree.names(archive) if is_log(name)])
+    try:
+        index = scan(folder, chapter)
+    finally:
+        stored = counted.result() if counted is not None else None
+    gaps = _gaps(index)
     result: dict[str, Any] = {
-        "timelines": timelines,
-        "gaps": gaps,
+        "chapter": chapter.to_dict(),
+        "timelines": [_timeline(index, timeline, stored) for timeline in index.timelines],
+        "gaps": gaps[:MAX_GAPS],
+        "missing_segments": sum(gap["segments"] for gap in gaps),
         "segments": index.segments,
+        "stored_bytes": None if stored is None else sum(stored.values()),
         "unknown_files": index.unknown[:MAX_GAPS],
+        "first_segment": None,
+        "first_segment_archived_at": None,
         "last_segment": None,
         "last_segment_archived_at": None,
         "last_commit_time": None,
         "last_commit_lsn": None,
         "notes": [],
+        **_needs(folder, chapter, index, stored),
     }
-    newest = [timeline for timeline in index.timelines if index.last(timeline) is not None]
-    if newest:
-        timeline = newest[-1]
+    with_segments = [timeline for timeline in index.timelines if index.last(timeline) is not None]
+    if with_segments:
+        timeline = with_segments[-1]
+        oldest = min(with_segments, key=lambda each: (index.ranges(each)[0][0], each))
+        first = index.name(oldest, index.ranges(oldest)[0][0])
         last = index.last(timeline) or 0
         name = index.name(timeline, last)
-        written = folder.tree.stat(folder.wal_path(WalFile.parse(name))).mtime
-        archived_at = datetime.datetime.fromtimestamp(written, datetime.timezone.utc)
-        result.update(last_segment=name, last_segment_archived_at=archived_at.isoformat(timespec="seconds"))
+        result.update(first_segment=first, first_segment_archived_at=_stored_at(folder, chapter, first))
+        result.update(last_segment=name, last_segment_archived_at=_stored_at(folder, chapter, name))
         if bin_dir:
-            first = index.ranges(timeline)[-1][0]
-            span = Span(timeline, Lsn(first * index.segment_size), None)
+            span = Span(timeline, Lsn(index.ranges(timeline)[-1][0] * index.segment_size), None)
             record = None
             try:
-                record = WalScanner(folder, folder.chapter, index, bin_dir).last_transaction([span], last)
+                record = WalScanner(folder, chapter, index, bin_dir).last_transaction([span], last)
             except LockedError as error:
                 # A host that holds no key still tells everything else. One that was given a key wants an answer.
                 if folder.tree.identity:
@@ -84,18 +86,100 @@ def archive_info(folder: ClusterFolder, bin_dir: str = "") -> dict[str, Any]:
     return result
 
 
-def backup_info(folder: ClusterFolder) -> dict[str, Any]:
-    """Backups and, for each, the span of points that can be restored from it (its recovery window)."""
+def _stored_at(folder: ClusterFolder, chapter: Chapter, segment: str) -> str:
+    written = folder.tree.stat(folder.wal_path(WalFile.parse(segment), chapter)).mtime
+    return datetime.datetime.fromtimestamp(written, datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _timeline(index: ArchiveIndex, timeline: int, stored: Mapping[str, int] | None) -> dict[str, Any]:
+    """One timeline: where it came from, and what is there of it."""
+    tree = index.tree
+    parent = tree.parent(timeline)
+    ranges = index.ranges(timeline)
+    history: list[dict[str, Any]] | None = None
+    if timeline == 1 or timeline in tree.histories:
+        spans = tree.path(timeline)
+        history = [{"timeline": span.timeline, "until_lsn": str(span.end)} for span in spans[:-1]]
+    return {
+        "timeline": timeline,
+        "parent": parent.timeline if parent else None,
+        "switch_lsn": str(parent.lsn) if parent else None,
+        "reason": parent.reason if parent else None,
+        "history": history,
+        "segments": sum(last - first + 1 for first, last in ranges),
+        "stored_bytes": None
+        if stored is None
+        else sum(size for log, size in stored.items() if log.startswith(f"{timeline:08X}")),
+        "ranges": [[index.name(timeline, first), index.name(timeline, last)] for first, last in ranges[-MAX_GAPS:]],
+    }
+
+
+def _gaps(index: ArchiveIndex) -> list[dict[str, Any]]:
+    """Runs of missing segments; their names, up to MAX_NAMES in all."""
+    result = []
+    left = MAX_NAMES
+    for timeline, first, last in index.holes():
+        names = [index.name(timeline, number) for number in range(first, min(last + 1, first + left))]
+        left -= len(names)
+        ends = {"first": index.name(timeline, first), "last": index.name(timeline, last)}
+        result.append({"timeline": timeline, "segments": last - first + 1, **ends, "names": names})
+    return result
+
+
+def _needs(
+    folder: ClusterFolder, chapter: Chapter, index: ArchiveIndex, stored: Mapping[str, int] | None
+) -> dict[str, Any]:
+    """What backups need and is not there, and what is there and no backup needs."""
+    backups = [backup for backup in stored_backups(folder) if backup.system_identifier == chapter.system_identifier]
+    missing = []
+    for backup in backups:
+        names = missing_wal(backup, index, MAX_NAMES)
+        if names:
+            missing.append({"backup": backup.label, "segments": len(names), "names": names[:MAX_NAMES]})
+    points = [(backup.timeline, backup.start_lsn, backup.stop_lsn) for backup in backups]
+    ranges = unneeded(index, needed_from(points, index))
+    return {
+        "missing_for_backups": missing,
+        "unneeded": [
+            {
+                "timeline": item.timeline,
+                "first": index.name(item.timeline, item.first),
+                "last": index.name(item.timeline, item.last),
+                "segments": item.segments,
+            }
+            for item in ranges
+        ],
+        "unneeded_segments": sum(item.segments for item in ranges),
+        "unneeded_bytes": None
+        if stored is None
+        else sum(range_bytes(folder.archive_path(chapter), index, item, stored) for item in ranges),
+    }
+
+
+def range_bytes(archive: str, index: ArchiveIndex, item: WalRange, stored: Mapping[str, int]) -> int:
+    """Stored bytes of a timeline's files up to the end of ``item``, which begins with the timeline's first."""
+    border = index.name(item.timeline, item.last + 1)
+    total = sum(size for log, size in stored.items() if log[:8] == border[:8] and log < border[:16])
+    return total + folder_bytes(os.path.join(archive, border[:16]), border)
+
+
+def backup_info(folder: ClusterFolder, chapter: Chapter | None = None) -> dict[str, Any]:
+    """Backups of all chapters and, for those of one, the span of points that can be restored from each (its window)."""
+    chapter = chapter or folder.chapter
     backups = stored_backups(folder)
     damaged = damaged_backups(folder, backups)
-    index = scan(folder)
-    current = folder.chapter.system_identifier
+    index = scan(folder, chapter)
+    numbers = {each.system_identifier: each.number for each in folder.chapters}
     windows = [
         _window(backup, index, damaged.get(backup.label, ""))
         for backup in backups
-        if backup.system_identifier == current
+        if backup.system_identifier == chapter.system_identifier
     ]
-    return {"backups": [backup.to_dict() for backup in backups], "recovery_windows": windows}
+    told = [
+        {**b.to_dict(), "chapter": numbers.get(b.system_identifier), "keep": keep_mark(folder, b.label)}
+        for b in backups
+    ]
+    return {"backups": told, "recovery_windows": windows}
 
 
 def _window(backup: Backup, index: ArchiveIndex, damage: str) -> dict[str, Any]:

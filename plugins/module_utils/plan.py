@@ -219,9 +219,14 @@ def _ends_before(backup: Backup, target: RecoveryTarget, location: Location | No
 
 def needed_spans(backup: Backup, tree: TimelineTree, timeline: int) -> list[Span]:
     """The spans from the backup's start to the end of ``timeline``."""
-    spans = [span for span in tree.path(timeline) if span.end is None or span.end > backup.start_lsn]
+    return spans_from(backup.start_lsn, tree, timeline)
+
+
+def spans_from(start: Lsn, tree: TimelineTree, timeline: int) -> list[Span]:
+    """The spans from this position to the end of ``timeline``. Raises PitrError when its history file is missing."""
+    spans = [span for span in tree.path(timeline) if span.end is None or span.end > start]
     first = spans[0]
-    return [Span(first.timeline, backup.start_lsn, first.end), *spans[1:]]
+    return [Span(first.timeline, start, first.end), *spans[1:]]
 
 
 def reachable_end(backup: Backup, index: ArchiveIndex, timeline: int) -> tuple[int, int, list[tuple[int, int]]]:

@@ -63,6 +63,10 @@ _SLOT_NAME = re.compile(r"[a-z0-9_]{1,63}\Z")
 _PREFIX = re.compile(r"pg_receivewal: (?:error: |fatal: |detail: |hint: )?")
 
 
+class _Refused(PitrError):
+    """This server is not the one to receive from, and trying again will not make it so by itself."""
+
+
 class Settings:
     """``<directory>/receiver/<cluster>.json``: how to reach the server, and as what."""
 
@@ -178,7 +182,12 @@ class Primary:
         argv += ["-d", self.conninfo(replication="true"), "-c", text]
         try:
             done = subprocess.run(
-                argv, env=self.environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False
+                argv,
+                env=self.environment(),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=timeout,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             raise PitrError(f"{self} did not answer within {timeout:g} seconds.") from None
@@ -386,7 +395,11 @@ class Receiver:
             try:
                 self._receive()
             except (PitrError, OSError, ValueError) as error:
-                self._failed(_words(error))
+                text = _words(error)
+                if text != self._status.get("last_error"):
+                    say(text)
+                state = "refused" if isinstance(error, _Refused) else "waiting"
+                self._tell(state=state, connected_since=None, last_error=text, last_error_at=_now())
             if time.monotonic() - began > LONGEST_PAUSE:
                 pause = FIRST_PAUSE
             self._idle(pause)
@@ -460,14 +473,12 @@ class Receiver:
         self._tell(state="connecting")
         facts = self._primary.identify()
         if facts.system_identifier != place.chapter.system_identifier:
-            self._tell(state="refused")
-            raise PitrError(
+            raise _Refused(
                 f"{self._primary} has the system identifier {facts.system_identifier}; {place.folder.path} belongs to"
                 f" {place.chapter.system_identifier}. Refused; nothing was received."
             )
         if not self._primary.is_accepted():
-            self._tell(state="refused")
-            raise PitrError(
+            raise _Refused(
                 f"{self._primary} was restored and is not accepted yet; nothing is received from it until it is."
             )
         self._tidy(place)
@@ -498,10 +509,9 @@ class Receiver:
         files = place.files()
         here = behind(files)
         if here is not None and facts.timeline < here.timeline:
-            self._tell(state="refused")
-            raise PitrError(
-                f"{self._primary} is on timeline {facts.timeline}, and timeline {here.timeline} was received already: it"
-                " is an old primary, or a standby that does not follow. Refused; nothing was received."
+            raise _Refused(
+                f"{self._primary} is on timeline {facts.timeline}, and timeline {here.timeline} was received already:"
+                " it is an old primary, or a standby that does not follow. Refused; nothing was received."
             )
         slot = self._ensure_slot(here)
         if here is None:
@@ -758,11 +768,6 @@ class Receiver:
         if text != self._status.get("last_error"):
             say(text)
         self._tell(last_error=text, last_error_at=_now())
-
-    def _failed(self, text: str) -> None:
-        state = self._status.get("state")
-        self._tell(state=state if state == "refused" else "waiting", connected_since=None)
-        self._complain(text)
 
     def _tell(self, **changes: Any) -> None:
         """Write the status when something has changed; the position alone at most once a second."""

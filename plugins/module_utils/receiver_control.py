@@ -55,9 +55,7 @@ class Control:
         self._lock = lock_path(self._folder)
         self._settings_path = settings_path(request.directory, request.cluster)
         self._passfile = os.path.join(os.path.dirname(self._settings_path), f"{request.cluster}.pgpass")
-        self.log_file = request.log_file or os.path.join(
-            os.path.dirname(self._settings_path), f"{request.cluster}.log"
-        )
+        self.log_file = request.log_file or os.path.join(os.path.dirname(self._settings_path), f"{request.cluster}.log")
 
     # --- looking
 
@@ -141,8 +139,11 @@ class Control:
                 start_new_session=True,
             )
 
-    def wait(self) -> dict[str, Any]:
-        """Until it receives what the server writes now. Raises PitrError with its own words when it does not."""
+    def wait(self, end_refused: bool = True) -> dict[str, Any]:
+        """Until it receives what the server writes now. Raises PitrError with its own words when it does not.
+
+        ``end_refused``: end one that is refused, which a service manager would only start again.
+        """
         deadline = time.monotonic() + self._request.timeout
         seen = False
         while True:
@@ -152,8 +153,9 @@ class Control:
             if found["running"] and state == "streaming":
                 return found
             if found["running"] and state == "refused":
-                self.stop()
-                raise PitrError(f"The receiver was refused, and is stopped: {status.get('last_error')}")
+                if end_refused:
+                    self.stop()
+                raise PitrError(f"The receiver was refused: {status.get('last_error')}")
             late = time.monotonic() > deadline
             if not found["running"] and (seen or late):
                 raise PitrError(f"The receiver has ended. Last lines of {self.log_file}:\n{log_tail(self.log_file)}")

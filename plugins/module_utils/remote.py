@@ -346,6 +346,8 @@ def _content(frame: tuple[bytes, bytes], size: int, path: str) -> bytes | None:
 class SshTree(Tree):
     """A repository on another host."""
 
+    is_far = True
+
     def __init__(self, repository: str, settings: Mapping[str, str] | None = None) -> None:
         """Connects to nothing yet.
 
@@ -582,6 +584,10 @@ class SshTree(Tree):
             self.release(session)
         finally:
             os.close(descriptor)
+
+    def touch_lease(self, path: str) -> None:
+        """Give a lease the present time of the repository host."""
+        self._simple(path, "lease")
 
     def settle(self, path: str) -> None:
         """Make sure that a stored file that is there survives a power failure."""

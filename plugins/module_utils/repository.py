@@ -36,7 +36,10 @@ FORMAT_PLAIN = 1
 MARKER = "pitr-repository.json"
 CLUSTER_FILE = "cluster.json"
 BACKUP_FILE = "backup.json"
+# Names in ``locks/`` begin with it; after it come a backup's label, a dash and eight hexadecimal digits.
+LEASE = "lease-"
 
+_LEASE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}-[0-9a-f]{8}\Z")
 _CLUSTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 
 
@@ -167,6 +170,16 @@ class ClusterFolder:
         """The chapter that is being written."""
         return self.chapters[-1]
 
+    def select(self, number: int | None) -> Chapter:
+        """The chapter of this number, or the newest one. Raises PitrError when there is none."""
+        for chapter in self.chapters:
+            if chapter.number == number:
+                return chapter
+        if number is not None:
+            known = ", ".join(str(chapter.number) for chapter in self.chapters)
+            raise PitrError(f"{self.path} has no chapter {number}; its chapters are: {known}.")
+        return self.chapter
+
     def require(self, system_identifier: str) -> Chapter:
         """The chapter with this system identifier. Raises PitrError when the folder belongs to another cluster."""
         for chapter in self.chapters:
@@ -174,7 +187,9 @@ class ClusterFolder:
                 return chapter
         raise PitrError(
             f"{self.path} belongs to the cluster with system identifier {self.chapter.system_identifier},"
-            f" but this one is {system_identifier}. Nothing was written. Give this cluster a folder of its own.",
+            f" but this one is {system_identifier}. Nothing was written. Give this cluster a folder of its own; only if it"
+            " is the same cluster after pg_upgrade, open a new chapter for it (new_chapter of the module"
+            " pgdrill.pitr.repository, repository_new_chapter of the role).",
             expected=self.chapter.system_identifier,
             found=system_identifier,
         )
@@ -183,6 +198,20 @@ class ClusterFolder:
     def backups_path(self) -> str:
         """Folder of all base backups."""
         return os.path.join(self.path, "backups")
+
+    @property
+    def locks_path(self) -> str:
+        """Folder of locks and leases."""
+        return os.path.join(self.path, "locks")
+
+    def touch_lease(self, lease: str) -> None:
+        """Say that a recovery still needs the backup that ``lease`` names, and the WAL that follows it.
+
+        Raises PitrError for a name that is none, and OSError when it cannot be written.
+        """
+        if not _LEASE_NAME.match(lease):
+            raise PitrError(f"'{lease}' is not the name of a lease.")
+        self.tree.touch_lease(os.path.join(self.locks_path, LEASE + lease))
 
     def archive_path(self, chapter: Chapter | None = None) -> str:
         """Folder of one chapter's archive."""
@@ -218,6 +247,15 @@ def _texts(value: object, path: str) -> list[str]:
     return value
 
 
+def require_directory(repository: str) -> None:
+    """What only happens on the repository host itself begins with this. Raises PitrError for another host's."""
+    if repository.startswith("ssh://"):
+        raise PitrError(
+            f"{repository} is on another host. Run this there, with the repository's directory as its path."
+            " Nothing was changed."
+        )
+
+
 def clusters(repository: str) -> list[str]:
     """Names of the clusters in a repository."""
     with contextlib.suppress(OSError), os.scandir(repository) as entries:
@@ -226,15 +264,22 @@ def clusters(repository: str) -> list[str]:
 
 
 def create(
-    repository: str, name: str, chapter: Chapter, check: bool = False, recipients: Sequence[str] | None = None
+    repository: str,
+    name: str,
+    chapter: Chapter,
+    check: bool = False,
+    recipients: Sequence[str] | None = None,
+    new_chapter: bool = False,
 ) -> tuple[ClusterFolder, list[str]]:
     """Create or validate a cluster's folder and bind it to a system identifier.
 
+    With ``new_chapter`` a folder that belongs to another one gets a chapter beside the old ones, which stay.
     ``recipients``, as crypt.check_recipients gives them, are who everything that is stored from now on is encrypted to;
     empty ends encryption, None leaves it as it is. Returns the folder and what was (or with ``check`` would be) created
     or changed. Raises PitrError when the folder is bound to another cluster, or a directory with other things in it
     would become a repository.
     """
+    require_directory(repository)
     folder = ClusterFolder(repository, name)
     created: list[str] = []
     marker = os.path.join(repository, MARKER)
@@ -250,8 +295,9 @@ def create(
     document = os.path.join(folder.path, CLUSTER_FILE)
     if os.path.exists(document):
         folder = ClusterFolder.open(repository, name)
-        folder.require(chapter.system_identifier)
+        opened = _turn_to(folder, chapter, new_chapter)
     else:
+        opened = False
         folder.chapters = [chapter]
         created.append(folder.path)
         if not check:
@@ -261,16 +307,39 @@ def create(
             created.append(path)
             if not check:
                 make_directory(path)
-    to_write = not os.path.exists(document)
+    to_write = opened or not os.path.exists(document)
+    if opened:
+        created.append(document)
     if recipients is not None and list(recipients) != folder.recipients:
         if not to_write:
             created.append(document)
         to_write = True
         folder.change_recipients(recipients)
     if to_write and not check:
-        # Last: a folder without cluster.json is not open for anybody.
+        # Last: a folder without cluster.json is not open for anybody, and a chapter that it does not name neither.
         folder.save()
     return folder, created
+
+
+def _turn_to(folder: ClusterFolder, chapter: Chapter, new_chapter: bool) -> bool:
+    """Make sure that the folder is written by this system identifier. Returns whether a chapter was added for it.
+
+    Raises PitrError when that was not asked for, or would go back to an older chapter.
+    """
+    known = [each for each in folder.chapters if each.system_identifier == chapter.system_identifier]
+    if known and known[0] is not folder.chapter:
+        raise PitrError(
+            f"{folder.path} has gone on from this cluster (chapter {known[0].number}, system identifier"
+            f" {known[0].system_identifier}) to chapter {folder.chapter.number}; two clusters never write into one"
+            " folder. What was stored of it can be restored. To go on with it give it a folder of its own (another cluster"
+            " name). Nothing was changed."
+        )
+    if not known and new_chapter:
+        chapter.number = max(each.number for each in folder.chapters) + 1
+        folder.chapters.append(chapter)
+        return True
+    folder.require(chapter.system_identifier)
+    return False
 
 
 def archived_logs(archive: str, timeline: int | None = None, tree: Tree = LOCAL) -> Iterator[str]:

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from . import extract, recovery_conf, tail
+from . import extract, locks, recovery_conf, tail
 from .backup import damaged_backups, stored_backups
 from .catalog import Backup
-from .crypt import LockedError, check_identity, read_header, recipients_id, try_identity
+from .crypt import LockedError, by_recipients, check_identity, recipients_id, try_identity
 from .errors import PitrError
 from .index import ArchiveIndex, scan
 from .plan import (
@@ -76,6 +76,10 @@ class Request:
     # Path of the file with age identities that open what is encrypted, empty for none.
     identity: str = ""
     use_partial: bool = False
+    # How a repository on another host is reached: the settings of remote.SshTree.
+    ssh: Mapping[str, str] = field(default_factory=dict)
+    # Number of the chapter to restore from; the newest one when None.
+    chapter: int | None = None
 
     def __post_init__(self) -> None:
         # The roles always say where the configuration is; in the data directory it comes with the backup.
@@ -134,17 +138,19 @@ class Restore:
         """Decide without touching anything. Raises RefusedError with every reason that can be known now."""
         target = self._target()
         try:
-            folder = ClusterFolder.open(self._request.repository, self._request.cluster, {"identity": self._request.identity})
+            access = {**self._request.ssh, "identity": self._request.identity}
+            folder = ClusterFolder.open(self._request.repository, self._request.cluster, access)
+            self._chapter = folder.select(self._request.chapter)
         except PitrError as error:
             raise RefusedError([*self._refusals, Refusal("repository", error.message)]) from None
         self._folder = folder
         self._check_directory(folder)
-        backups = [b for b in stored_backups(folder) if b.system_identifier == folder.chapter.system_identifier]
+        backups = [b for b in stored_backups(folder) if b.system_identifier == self._chapter.system_identifier]
         result = None
         self._tail: Tail | None = None
         if target is not None:
             try:
-                index = scan(folder)
+                index = scan(folder, self._chapter)
                 damaged = damaged_backups(folder, backups)
                 self._look_at_tail(target, backups, index)
                 location, last_commit = self._locate(target, backups, index, damaged)
@@ -204,10 +210,10 @@ class Restore:
             message = f"{pgdata} is not empty, and it cannot be told which cluster it is: {error.message}"
             self._refuse("directory_foreign", message, "Move it away yourself.")
             return
-        if identifier != folder.chapter.system_identifier:
+        if identifier != self._chapter.system_identifier:
             message = (
                 f"{pgdata} is the cluster with system identifier {identifier}, the repository's cluster"
-                f" '{folder.name}' is {folder.chapter.system_identifier}."
+                f" '{folder.name}' is {self._chapter.system_identifier}."
             )
             self._refuse("directory_foreign", message, "force does not change that; restore to another directory.")
         elif not self._request.force:
@@ -233,7 +239,7 @@ class Restore:
                 return {}
             with open(os.path.join(pgdata, IN_PROGRESS), encoding="utf-8") as stream:
                 found = json.load(stream)
-            if isinstance(found, dict) and found.get("system_identifier") == folder.chapter.system_identifier:
+            if isinstance(found, dict) and found.get("system_identifier") == self._chapter.system_identifier:
                 return found
         return None
 
@@ -273,14 +279,14 @@ class Restore:
         return None, None
 
     def _scanner(self, index: ArchiveIndex) -> WalScanner:
-        return WalScanner(self._folder, self._folder.chapter, index, self._request.bin_dir, self._tail)
+        return WalScanner(self._folder, self._chapter, index, self._request.bin_dir, self._tail)
 
     def _look_at_tail(self, target: RecoveryTarget, backups: list[Any], index: ArchiveIndex) -> None:
         """What a receiver has beyond the archive's end; with ``use_partial`` it counts as archived from here on."""
         if not backups or target.kind == "immediate":
             return
         timeline = target_timeline(target, index.tree, backups, self._request.backup)
-        self._tail = tail.look(self._folder, self._folder.chapter, index, timeline)
+        self._tail = tail.look(self._folder, self._chapter, index, timeline)
         if self._request.use_partial:
             self._add_tail(index)
 
@@ -319,7 +325,8 @@ class Restore:
             nearest = f"That one begins at LSN {reach}." if reach is not None else "There is no whole record in it."
             raise RefusedError([Refusal("target_beyond_archive", message, nearest)])
         notes.append(
-            f"{', '.join(used)} from the receiver's spool, not archived yet; the last record there begins at LSN {reach}"
+            f"{', '.join(used)} from the receiver's spool, not archived yet; the last record there begins at LSN"
+            f" {reach}"
         )
         at_least = reach if result.target.kind == "latest" else None
         return replace(result, notes=(*result.notes, *notes), from_receiver=used, at_least=at_least)
@@ -329,8 +336,8 @@ class Restore:
         self._add_tail(index)
         names = self._tail.names if self._tail else ()
         return (
-            f"the receiver's spool holds WAL that is not archived yet: {', '.join(names)}, its last record begins at LSN"
-            f" {self._tail_reach(index)}; use_partial (restore_use_partial) would replay it"
+            f"the receiver's spool holds WAL that is not archived yet: {', '.join(names)}, its last record begins at"
+            f" LSN {self._tail_reach(index)}; use_partial (restore_use_partial) would replay it"
         )
 
     def _hint(self, refusal: Refusal, index: ArchiveIndex) -> Refusal:
@@ -348,10 +355,10 @@ class Restore:
             return
         pg_wal = os.path.join(self._request.pgdata, "pg_wal")
         os.makedirs(pg_wal, mode=0o700, exist_ok=True)
-        chapter = self._folder.chapter
+        chapter = self._chapter
         for name in result.from_receiver:
             tail.copy(self._folder, chapter, self._tail, name, os.path.join(pg_wal, name))
-        index = scan(self._folder)
+        index = scan(self._folder, chapter)
         for name in result.from_receiver:
             wal_file = WalFile.parse(name)
             number = wal_file.number(index.segment_size)
@@ -420,14 +427,19 @@ class Restore:
                 lambda: try_identity(tree, extract.check_manifest(result.backup, stored, tree)),
                 result.backup.encryption,
             )
+        if not (self._folder.recipients or self._folder.former_recipients):
+            # None of the WAL can be encrypted.
+            return
         chapter = self._folder.require(result.backup.system_identifier)
-        tried = set()
-        for name in segment_names(result, index):
-            path = self._folder.wal_path(WalFile.parse(name), chapter)
-            header = read_header(tree, path)
-            if header is not None and header.recipients not in tried:
-                tried.add(header.recipients)
-                self._try("archive_damaged", partial(try_identity, tree, path), header.recipients)
+        names = [name for name in segment_names(result, index) if name not in result.from_receiver]
+        paths = [self._folder.wal_path(WalFile.parse(name), chapter) for name in names]
+        try:
+            found = by_recipients(tree, paths)
+        except PitrError as error:
+            self._refuse("archive_damaged", error.message)
+            return
+        for recipients, path in found.items():
+            self._try("archive_damaged", partial(try_identity, tree, path), recipients)
 
     def _try(self, code: str, action: Callable[[], None], recipients: str = "") -> None:
         """Refuse with the reason of what fails, or with ``code`` when no key is to blame."""
@@ -452,6 +464,29 @@ class Restore:
 
     def execute(self, result: RestorePlan) -> Result:
         """Perform the plan. Raises PitrError; then the old directory is where it was."""
+        lease = self._claim(result.backup.label)
+        try:
+            with locks.reading(self._folder, result.backup.label):
+                stored = os.path.join(self._folder.backups_path, result.backup.label)
+                if not self._folder.tree.exists(stored):
+                    raise PitrError(
+                        f"{stored} was removed by an expire since the plan was made. Nothing was touched; plan again."
+                    )
+                return self._execute(result, lease)
+        except BaseException:
+            locks.release(self._folder, lease)
+            raise
+
+    def _claim(self, label: str) -> str:
+        """A lease on the backup and the WAL behind it, until a recovery asks for no more WAL."""
+        lease = locks.new_lease(label)
+        self._claimed_at = time.monotonic()
+        # A repository that this host may only read is restored from all the same; docs/retention.md tells what follows.
+        with contextlib.suppress(OSError, PitrError):
+            self._folder.touch_lease(lease)
+        return lease
+
+    def _execute(self, result: RestorePlan, lease: str) -> Result:
         started = time.monotonic()
         pgdata = self._request.pgdata
         was_there = os.path.isdir(pgdata)
@@ -464,7 +499,9 @@ class Restore:
             os.chmod(pgdata, 0o700)
             progress = _Marker(os.path.join(pgdata, IN_PROGRESS), result.backup, moved_aside, locations)
             stored = os.path.join(self._folder.backups_path, result.backup.label)
-            extract.extract(result.backup, stored, pgdata, locations, progress.add, self._folder.tree)
+            extract.extract(
+                result.backup, stored, pgdata, locations, self._renewing(progress, lease), self._folder.tree
+            )
             if self._request.verify:
                 extract.verify(result.backup, stored, pgdata, self._request.bin_dir, self._folder.tree)
             extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, locations)
@@ -472,15 +509,27 @@ class Restore:
             recovery_conf.write(
                 self._request.configuration,
                 pgdata,
-                self._settings(result),
+                self._settings(result, lease),
                 {**result.to_dict(), "started_at": time.time()},
             )
             self._place_control(pgdata)
-            self._check_effective(result)
+            self._check_effective(result, lease)
         except BaseException:
             self._put_back(moved_aside, locations, progress, was_there)
             raise
         return Result(result, moved_aside, round(time.monotonic() - started, 3))
+
+    def _renewing(self, progress: _Marker, lease: str) -> Callable[[int], None]:
+        """Counts bytes, and renews the lease every minute of a long copy."""
+
+        def add(count: int) -> None:
+            progress.add(count)
+            if time.monotonic() - self._claimed_at > 60:
+                self._claimed_at = time.monotonic()
+                with contextlib.suppress(OSError, PitrError):
+                    self._folder.touch_lease(lease)
+
+        return add
 
     def _clear(self) -> str:
         """Remove what a killed restore, or one that nobody wants to keep, has left.
@@ -532,13 +581,13 @@ class Restore:
         elif was_there and not os.path.exists(pgdata):
             os.makedirs(pgdata, mode=0o700)
 
-    def _settings(self, result: RestorePlan) -> dict[str, str]:
+    def _settings(self, result: RestorePlan, lease: str) -> dict[str, str]:
         """The content of the include file."""
         request = self._request
         fetch = [request.wal_command, "get", f"--system-identifier={result.backup.system_identifier}"]
         if request.identity:
             fetch.append(f"--identity={request.identity}")
-        fetch.append(request.cluster)
+        fetch += [f"--lease={lease}", request.cluster]
         settings = {
             **result.target.settings(result.timeline),
             "restore_command": shell_command(fetch, ["%f", "%p"]),
@@ -567,7 +616,7 @@ class Restore:
         os.unlink(os.path.join(pgdata, IN_PROGRESS))
         fsync_directory(pgdata)
 
-    def _check_effective(self, result: RestorePlan) -> None:
+    def _check_effective(self, result: RestorePlan, lease: str) -> None:
         """Ask the server's own parser what it would use; raise floors that pg_control demands (design rule 7)."""
         request = self._request
         floors = control_data(request.bin_dir, request.pgdata).floors
@@ -575,7 +624,7 @@ class Restore:
         for name, floor in floors.items():
             if int(self._effective(name)) < floor:
                 raised[name] = str(floor)
-        expected = self._settings(result)
+        expected = self._settings(result, lease)
         if raised:
             recovery_conf.write(
                 request.configuration,

@@ -6,7 +6,8 @@
 
 Everything is enforced here, for the host at the other end may be anybody's by now: one cluster's folder and nothing
 beside it; a writer's key adds WAL under its own name, whole and of this cluster, and reads only what adding needs; a
-reader's key reads. There is no request that overwrites, renames or removes.
+reader's key reads, and renews the leases of its recoveries (empty files). There is no request that overwrites, renames
+or removes.
 
 On the path of ``pitr-wal``.
 """
@@ -23,9 +24,9 @@ from types import FrameType
 from . import codec
 from .archive import check_segment
 from .errors import PitrError
-from .repository import CLUSTER_FILE, MARKER, Chapter, ClusterFolder
+from .repository import CLUSTER_FILE, LEASE, MARKER, Chapter, ClusterFolder, require_directory
 from .timeline import parse_history
-from .tree import LOCAL, Source
+from .tree import LOCAL
 from .wal import SegmentHeader, WalFile, history_name
 from .wire import ANSWER, DATA, END, FAILURE, HELLO, PROTOCOL, REQUEST, WORD, Lost, Wire, document, write_all
 
@@ -35,7 +36,6 @@ STALLED = 300.0
 # Bytes of one frame from the client, and of a stored history or backup file.
 LIMIT = 512 * 1024
 SMALL = 1024 * 1024
-ENCRYPTED = b"pitr-age "
 
 
 class Server:
@@ -79,12 +79,13 @@ class Server:
 
     def _readable(self, place: object) -> str:
         """A path that this key may read. Raises PitrError."""
+        path = self._located(place)
         if self._writes and place not in (MARKER, f"{self._folder.name}/{CLUSTER_FILE}"):
             try:
-                return self._wal(place)[0]
+                self._wal(place)
             except PitrError:
                 raise PitrError(f"The key of this connection only adds WAL; it may not read '{place}'.") from None
-        return self._located(place)
+        return path
 
     # --- requests
 
@@ -100,6 +101,11 @@ class Server:
             if self._writes:
                 raise PitrError("The key of this connection only adds WAL; it may not list directories.")
             self._wire.say(ANSWER, {"names": LOCAL.names(self._located(request.get("place")))})
+        elif operation == "lease":
+            if self._writes:
+                raise PitrError("The key of this connection only adds WAL; it holds no lease.")
+            self._lease(request.get("place"))
+            self._wire.say(ANSWER, {})
         elif operation in ("add", "settle"):
             if not self._writes:
                 raise PitrError("The key of this connection only reads; nothing was added.")
@@ -110,6 +116,14 @@ class Server:
                 self._wire.say(ANSWER, {})
         else:
             raise PitrError(f"The request '{operation}' is not known here. Is the other host's version newer?")
+
+    def _lease(self, place: object) -> None:
+        """Renew a lease: all that a reader's key may change. Its file stays empty; ClusterFolder checks its name."""
+        path = self._located(place)
+        name = os.path.basename(path)
+        if path != os.path.join(self._folder.locks_path, name) or not name.startswith(LEASE):
+            raise PitrError(f"'{place}' is not a lease. Refused.")
+        self._folder.touch_lease(name[len(LEASE) :])
 
     def _open(self, place: object) -> None:
         path = self._readable(place)
@@ -125,6 +139,8 @@ class Server:
             os.close(descriptor)
 
     def _add(self, request: dict[str, object]) -> None:
+        # Chapters and recipients may have changed since the connection began.
+        self._folder = ClusterFolder.open(self._repository, self._folder.name)
         path, wal_file, chapter = self._wal(request.get("place"))
         size = request.get("size")
         # What cannot be compressed grows a little; nothing of PostgreSQL's is larger than this.
@@ -139,8 +155,13 @@ class Server:
                 self._wire.say(ANSWER, {})
                 self._receive(descriptor, size)
                 os.fsync(descriptor)
-                os.lseek(descriptor, 0, os.SEEK_SET)
-                self._check(descriptor, path, wal_file, chapter)
+                try:
+                    if self._is_encrypted(temporary, wal_file):
+                        self._check_encrypted(temporary, wal_file, chapter)
+                    else:
+                        self._check(temporary, wal_file, chapter)
+                except PitrError as error:
+                    raise PitrError(error.message.replace(temporary, path)) from None
             finally:
                 os.close(descriptor)
         self._wire.say(ANSWER, {})
@@ -168,23 +189,39 @@ class Server:
         if received != size or document(payload).get("size") != size:
             raise Lost("the client sends less than it has announced")
 
-    def _check(self, descriptor: int, path: str, wal_file: WalFile, chapter: Chapter) -> None:
-        """Whether this is what its name says. Raises PitrError. Encrypted content cannot be looked at here."""
-        source = Source(descriptor, path)
-        if source.peek(len(ENCRYPTED)) == ENCRYPTED:
-            return
+    def _is_encrypted(self, path: str, wal_file: WalFile) -> bool:
+        """Whether this is for the cluster's recipients. Raises PitrError when it is not and should be, or the reverse.
+
+        History files are never encrypted: timelines are known to hosts without a key.
+        """
+        encrypted = codec.is_stored_encrypted(path)
+        expected = bool(self._folder.recipients) and wal_file.kind != "history"
+        if encrypted != expected:
+            what = "is encrypted, but this one" if encrypted else "is not encrypted, and files of this cluster"
+            raise PitrError(f"{path} {what} {'is not' if encrypted else 'are'}. Refused; nothing was changed.")
+        return encrypted
+
+    def _check_encrypted(self, path: str, wal_file: WalFile, chapter: Chapter) -> None:
+        """Whether it came whole, for whom it is, and how large it says to be. More cannot be seen without a key."""
+        from .crypt import recipients_id, verify_stored
+
+        header = verify_stored(LOCAL, path)
+        if header.recipients != recipients_id(self._folder.recipients):
+            raise PitrError(f"{path} is encrypted for other recipients than the cluster's. Refused.")
+        if wal_file.kind in ("segment", "partial") and header.size != chapter.wal_segment_size:
+            raise PitrError(f"{path} would hold {header.size} bytes; {chapter.wal_segment_size} can be right. Refused.")
+
+    def _check(self, path: str, wal_file: WalFile, chapter: Chapter) -> None:
+        """Whether this is what its name says, whole. Raises PitrError."""
         is_segment = wal_file.kind in ("segment", "partial")
         most = chapter.wal_segment_size if is_segment else SMALL
-        reader = codec.Reader(source)
-        try:
+        with codec.open_reader(path) as reader:
             head = data = reader.read(codec.CHUNK)
             size = len(data)
             # A few bytes can be made to unpack to any number of them.
             while data and size <= most:
                 data = reader.read(codec.CHUNK)
                 size += len(data)
-        finally:
-            reader.close()
         if size > most or (is_segment and size != most):
             raise PitrError(f"{path} would hold {size} bytes; {most} can be right. Refused; nothing was changed.")
         if is_segment:
@@ -213,6 +250,7 @@ def _failure(error: Exception) -> dict[str, object]:
 
 def _opened(wire: Wire, access: str, cluster: str, repository: str) -> Server:
     """Exchange greetings. Raises PitrError when the client wants another repository than this key's."""
+    require_directory(repository)
     wire.say(HELLO, {"protocol": PROTOCOL, "access": access, "cluster": cluster})
     kind, payload = wire.receive()
     hello = document(payload)

@@ -122,6 +122,9 @@ class Tree:
     reached is a PitrError or another OSError.
     """
 
+    # Whether opening a file takes long, so that one does not look into each of thousands.
+    is_far = False
+
     def __init__(self, identity: str = "") -> None:
         """``identity``: path of the file with age identities that open what is encrypted, empty for none."""
         self.identity = identity
@@ -176,6 +179,20 @@ class Tree:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
         fsync_directory(os.path.dirname(path))
+
+    def close(self, wait: bool = True) -> None:
+        """End what is kept open for later requests; here there is nothing."""
+
+    def touch_lease(self, path: str) -> None:
+        """Give a lease (``locks/lease-…``) the present time, creating it when it is not there.
+
+        Apart from ``adding`` the only change; it is made for readers, too. ClusterFolder.touch_lease checks the name.
+        """
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            make_directory_of(path)
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
 
     def settle(self, path: str) -> None:
         """Make sure that a stored file that is there survives a power failure."""

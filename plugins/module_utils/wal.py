@@ -121,6 +121,32 @@ class WalFile:
         return int(self.segment[8:16], 16) * per_id + low
 
 
+class FolderNames:
+    """Recognises the names in the 4 GB folders of an archive, for a million of them without parsing each one."""
+
+    def __init__(self, segment_size: int) -> None:
+        self._per_id = 0x100000000 // segment_size
+        self._low = {f"{low:08X}": low for low in range(self._per_id)}
+
+    def sort(self, log: str, names: list[str]) -> tuple[int, list[int], list[str]]:
+        """Timeline, segment numbers (in the order of the names), and the names that are no segment of this folder.
+
+        ``log`` is the folder's name, which the caller has recognised with :func:`is_log`.
+        """
+        low = self._low
+        base = int(log[8:], 16) * self._per_id
+        numbers = [base + low[name[16:]] for name in names if name[16:] in low and name[:16] == log]
+        others = []
+        if len(numbers) != len(names):
+            others = [name for name in names if name[16:] not in low or name[:16] != log]
+        return int(log[:8], 16), numbers, others
+
+
+def is_log(name: str) -> bool:
+    """Whether this is the name of a 4 GB folder: the first 16 characters of a segment's name."""
+    return len(name) == 16 and _SEGMENT.match(name + "00000000") is not None
+
+
 class SegmentHeader:
     """What the first page of a segment says of itself (XLogLongPageHeaderData)."""
 

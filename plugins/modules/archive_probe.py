@@ -17,6 +17,7 @@ description:
 extends_documentation_fragment:
   - pgdrill.pitr.login
   - pgdrill.pitr.repository
+  - pgdrill.pitr.ssh
   - pgdrill.pitr.attributes
 attributes:
   check_mode:
@@ -83,16 +84,18 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
     login_argument_spec,
+    open_cluster,
     repository_argument_spec,
     run_module,
+    ssh_argument_spec,
 )
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.probe import Probe
-from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **login_argument_spec(),
     **repository_argument_spec(),
+    **ssh_argument_spec(),
     "timeout": {"type": "int", "default": 60},
 }
 
@@ -102,7 +105,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     if module.check_mode:
         return {"changed": False}
-    folder = ClusterFolder.open(params["repository"], params["cluster"])
+    folder = open_cluster(params)
     return {"changed": False, **Probe(Login.from_params(params), folder, params["timeout"]).switch_and_wait().to_dict()}
 
 

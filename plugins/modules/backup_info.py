@@ -15,6 +15,8 @@ description:
     archive can restore.
 extends_documentation_fragment:
   - pgdrill.pitr.repository
+  - pgdrill.pitr.ssh
+  - pgdrill.pitr.chapter
   - pgdrill.pitr.attributes
 attributes:
   check_mode:
@@ -37,13 +39,15 @@ EXAMPLES = r"""
 
 RETURN = r"""
 backups:
-  description: Complete backups, oldest first.
+  description:
+    - Complete backups of all chapters, oldest first, with RV(backups[].chapter) (its number) and RV(backups[].keep),
+      the reason of its keep mark or V(null).
   returned: success
   type: list
   elements: dict
-  sample: [{"label": "20260301T142959Z-full", "type": "full", "timeline": 1}]
+  sample: [{"label": "20260301T142959Z-full", "type": "full", "timeline": 1, "chapter": 1, "keep": null}]
 recovery_windows:
-  description: For each backup of the present chapter, from where to where it can be restored, or what is missing.
+  description: For each backup of the chapter, from where to where it can be restored, or what is missing.
   returned: success
   type: list
   elements: dict
@@ -75,19 +79,25 @@ finished_at:
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
+from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
+    open_cluster,
+    repository_argument_spec,
+    run_module,
+    ssh_argument_spec,
+)
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import backup_info
-from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **repository_argument_spec(),
+    **ssh_argument_spec(),
+    "chapter": {"type": "int"},
 }
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """List."""
-    folder = ClusterFolder.open(module.params["repository"], module.params["cluster"])
-    return {"changed": False, **backup_info(folder)}
+    folder = open_cluster(module.params)
+    return {"changed": False, **backup_info(folder, folder.select(module.params["chapter"]))}
 
 
 def main() -> None:

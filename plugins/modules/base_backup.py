@@ -135,7 +135,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
     run_module,
 )
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
-from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
+from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder, require_directory
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **login_argument_spec(),
@@ -155,6 +155,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Take the backup."""
     params = module.params
+    require_directory(params["repository"])
     folder = ClusterFolder.open(params["repository"], params["cluster"])
     if params["when"] == "missing":
         current = folder.chapter.system_identifier

@@ -34,9 +34,10 @@ options:
       - V(status) only looks. V(present) writes the settings, for a service manager that runs the command.
       - V(started) also runs it in the background, where no service manager does, and waits until it receives.
         V(stopped) ends it.
+      - V(streaming) starts nothing, and waits until the one that a service manager runs receives.
       - V(absent) ends it, drops the slot on the server, and removes the settings. What lies in the spool stays.
     type: str
-    choices: [status, present, started, stopped, absent]
+    choices: [status, present, started, streaming, stopped, absent]
     default: status
   directory:
     description:
@@ -161,7 +162,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "bin_dir": {"type": "path", "required": True},
     "state": {
         "type": "str",
-        "choices": ["status", "present", "started", "stopped", "absent"],
+        "choices": ["status", "present", "started", "streaming", "stopped", "absent"],
         "default": "status",
     },
     "directory": {"type": "path", "required": True},
@@ -210,6 +211,8 @@ def run(module: AnsibleModule) -> dict[str, Any]:
             result["diff"] = {"before": before, "after": after}
     if state == "started":
         result["changed"] = control.ensure_running(result["changed"], module.check_mode)
+    elif state == "streaming":
+        control.wait(end_refused=False)
     elif state in ("stopped", "absent"):
         running = bool(control.pid())
         if running and not module.check_mode:

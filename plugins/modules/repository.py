@@ -48,6 +48,14 @@ options:
       - C(age) must be installed on the primary and on the repository host before.
     type: list
     elements: str
+  new_chapter:
+    description:
+      - Whether a folder that belongs to another system identifier may go on with this one, in a new chapter with an
+        archive of its own. Everything of the older chapters stays, and can be restored with the option C(chapter).
+      - For the step after C(pg_upgrade), or after an initdb on purpose. Never leave it set - it is what keeps a second
+        cluster out of the folder.
+    type: bool
+    default: false
 author:
   - pgdrill.pitr contributors (@pgdrill)
 """
@@ -82,6 +90,11 @@ archive:
   returned: success
   type: str
   sample: /var/lib/pitr/main/archive/18-1
+chapter:
+  description: Number of the chapter that is being written.
+  returned: success
+  type: int
+  sample: 1
 created:
   description: What was created or changed, or would be in check mode.
   returned: success
@@ -132,6 +145,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "postgresql_version": {"type": "int", "required": True},
     "wal_segment_size": {"type": "int", "default": 16777216},
     "encryption_recipients": {"type": "list", "elements": "str"},
+    "new_chapter": {"type": "bool", "default": False},
 }
 
 
@@ -146,9 +160,12 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     chapter = Chapter(1, params["system_identifier"], params["wal_segment_size"], params["postgresql_version"], now)
     wanted = params["encryption_recipients"]
     recipients = None if wanted is None else check_recipients(wanted)
-    folder, created = create(params["repository"], params["cluster"], chapter, module.check_mode, recipients)
+    folder, created = create(
+        params["repository"], params["cluster"], chapter, module.check_mode, recipients, params["new_chapter"]
+    )
     result: dict[str, Any] = {"changed": bool(created), "path": folder.path, "created": created}
     result["archive"] = folder.archive_path()
+    result["chapter"] = folder.chapter.number
     result.update(encryption_recipients=folder.recipients, recipients_id=recipients_id(folder.recipients))
     if module._diff:
         before = folder.former_recipients[-1] if created and folder.former_recipients else []

@@ -20,6 +20,8 @@ description:
   - Run it as the user that owns the data directory.
 extends_documentation_fragment:
   - pgdrill.pitr.repository
+  - pgdrill.pitr.ssh
+  - pgdrill.pitr.chapter
   - pgdrill.pitr.bin_dir
   - pgdrill.pitr.attributes
 attributes:
@@ -129,6 +131,14 @@ options:
     description:
       - For O(state=undone) and O(state=settled), what RV(moved_aside) was.
     type: path
+  use_partial:
+    description:
+      - Go on with what a receiver has and the archive has not, see M(pgdrill.pitr.receiver). Only with files that
+        continue the archive without a hole on the timeline of the plan, and that are this cluster's WAL of that
+        position.
+      - Without it the plan's notes tell when there is such WAL, and how far it reaches.
+    type: bool
+    default: false
   defer_above:
     description:
       - Only plan when the backup is larger than this many bytes. The action plugin uses it to run a
@@ -196,6 +206,8 @@ plan:
     end_lsn: 0/8000000
     backup_bytes: 23443211
     notes: []
+    from_receiver: []
+    at_least: null
 backup:
   description: Label of the backup.
   returned: with O(state=present)
@@ -241,7 +253,12 @@ import os
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
+from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
+    repository_argument_spec,
+    run_module,
+    ssh_argument_spec,
+    ssh_settings,
+)
 from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import ARCHIVE_AFTER, Request, Restore, settle, undo
 
 TARGET_OPTIONS: dict[str, dict[str, Any]] = {
@@ -257,8 +274,10 @@ TARGET_OPTIONS: dict[str, dict[str, Any]] = {
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **repository_argument_spec(),
+    **ssh_argument_spec(),
     "bin_dir": {"type": "path", "required": True},
     **TARGET_OPTIONS,
+    "chapter": {"type": "int"},
     "state": {"type": "str", "choices": ["present", "undone", "settled"], "default": "present"},
     "pgdata": {"type": "path", "required": True},
     "config_dir": {"type": "path"},
@@ -271,6 +290,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "moved_aside": {"type": "path"},
     "identity": {"type": "path"},
     "verify": {"type": "bool", "default": True},
+    "use_partial": {"type": "bool", "default": False},
     "defer_above": {"type": "int"},
 }
 REQUIRED_IF = [("state", "undone", ["moved_aside"]), ("state", "settled", ["moved_aside"])]
@@ -293,7 +313,10 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         keep_unaccepted=params["keep_unaccepted"],
         archive_after=params["archive_after"],
         verify=params["verify"],
+        chapter=params["chapter"],
         identity=os.path.abspath(params["identity"]) if params["identity"] else "",
+        use_partial=params["use_partial"],
+        ssh=ssh_settings(params),
     )
     if params["state"] == "settled":
         return {"changed": settle(request, params["moved_aside"], module.check_mode), "moved_aside": ""}

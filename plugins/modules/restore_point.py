@@ -16,6 +16,7 @@ description:
 extends_documentation_fragment:
   - pgdrill.pitr.login
   - pgdrill.pitr.repository
+  - pgdrill.pitr.ssh
   - pgdrill.pitr.attributes
 attributes:
   check_mode:
@@ -84,18 +85,20 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
     login_argument_spec,
+    open_cluster,
     repository_argument_spec,
     run_module,
+    ssh_argument_spec,
 )
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.probe import Probe
-from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 from ansible_collections.pgdrill.pitr.plugins.module_utils.target import MAX_NAME_BYTES
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **login_argument_spec(),
     **repository_argument_spec(),
+    **ssh_argument_spec(),
     "name": {"type": "str", "required": True},
     "timeout": {"type": "int", "default": 60},
 }
@@ -106,7 +109,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     if not params["name"] or len(params["name"].encode()) > MAX_NAME_BYTES:
         raise PitrError(f"A restore point's name has 1 to {MAX_NAME_BYTES} bytes. None was created.")
-    folder = ClusterFolder.open(params["repository"], params["cluster"])
+    folder = open_cluster(params)
     if module.check_mode:
         return {"changed": True}
     lsn, archived = Probe(Login.from_params(params), folder, params["timeout"]).restore_point(params["name"])

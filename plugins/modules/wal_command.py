@@ -42,6 +42,30 @@ options:
       - Path of a file with age identities that C(pitr-wal get) uses when none is given to it. Only on a host that is
         to read what is encrypted, such as a standby; a primary needs none to archive.
     type: path
+  ssh_writer_identity:
+    description:
+      - Private key that C(pitr-wal push) logs in to the repository host with, when O(repository) is
+        C(ssh://user@host:port/absolute/path). Absolute path; without a passphrase, readable for PostgreSQL's user and
+        nobody else.
+      - Over there its public key may only add WAL; the role P(pgdrill.pitr.repository#role) sees to that.
+    type: path
+    default: ''
+  ssh_reader_identity:
+    description:
+      - The same for C(pitr-wal get). Over there its public key may only read.
+    type: path
+    default: ''
+  ssh_known_hosts:
+    description:
+      - File that holds the repository host's key, in the format of ssh's C(known_hosts). Absolute path. A host with
+        another key, or without one in there, is not talked to.
+    type: path
+    default: ''
+  ssh_timeout:
+    description:
+      - Seconds after which a repository host that gives no sign of life is given up, 1 to 3600.
+    type: int
+    default: 30
   python:
     description:
       - Interpreter that runs the command. Without it the one that runs this module, outside of its virtual environment.
@@ -56,6 +80,15 @@ EXAMPLES = r"""
     directory: /usr/local/lib/pgdrill
     repository: /var/lib/pitr
     cluster: main
+
+- name: The same with the repository on another host
+  pgdrill.pitr.wal_command:
+    directory: /usr/local/lib/pgdrill
+    repository: ssh://pitr@backup.example.com/srv/pitr
+    cluster: main
+    ssh_writer_identity: /etc/pgdrill/main-writer
+    ssh_reader_identity: /etc/pgdrill/main-reader
+    ssh_known_hosts: /etc/pgdrill/known_hosts
 """
 
 RETURN = r"""
@@ -105,6 +138,10 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "directory": {"type": "path", "required": True},
     "compression": {"type": "str", "default": "auto"},
     "identity": {"type": "path"},
+    "ssh_writer_identity": {"type": "path", "default": ""},
+    "ssh_reader_identity": {"type": "path", "default": ""},
+    "ssh_known_hosts": {"type": "path", "default": ""},
+    "ssh_timeout": {"type": "int", "default": 30},
     "python": {"type": "path"},
 }
 
@@ -115,6 +152,8 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     settings = {"repository": params["repository"], "compression": params["compression"]}
     if params["identity"]:
         settings["identity"] = os.path.abspath(params["identity"])
+    if params["repository"].startswith("ssh://"):
+        settings.update({name: str(params[name]) for name in ARGUMENT_SPEC if name.startswith("ssh_") and params[name]})
     written = install(params["directory"], params["cluster"], settings, params["python"] or "", module.check_mode)
     command = os.path.join(params["directory"], COMMAND)
     result: dict[str, Any] = {"changed": bool(written), "command": command, "written": written}

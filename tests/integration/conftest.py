@@ -126,9 +126,11 @@ def history(bin_dir: str, template: Path, tmp_path_factory: pytest.TempPathFacto
     try:
         sandbox.server.start()
         history = History(sandbox)
-        before = fingerprint(sandbox.repository, history.data)
+        before = fingerprint(sandbox.archive, sandbox.backups, history.data)
         yield history
-        assert fingerprint(sandbox.repository, history.data) == before, "a test has written to what all share"
+        assert fingerprint(sandbox.archive, sandbox.backups, history.data) == before, (
+            "a test has written to what all share"
+        )
     finally:
         sandbox.server.close()
 

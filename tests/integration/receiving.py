@@ -14,7 +14,12 @@ from typing import Any
 
 from ansible_collections.pgdrill.pitr.plugins.module_utils import codec
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import query
-from ansible_collections.pgdrill.pitr.plugins.module_utils.receiver import STREAM_LOCK_FILE, Settings, holders, lock_path
+from ansible_collections.pgdrill.pitr.plugins.module_utils.receiver import (
+    STREAM_LOCK_FILE,
+    Settings,
+    holders,
+    lock_path,
+)
 from ansible_collections.pgdrill.pitr.plugins.module_utils.receiver_control import Control, Request
 from ansible_collections.pgdrill.pitr.plugins.module_utils.spool import spool_path
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import Lsn
@@ -114,11 +119,16 @@ class Receiving:
 
 
 def mark(server: Server) -> Lsn:
-    """Write a record whose last byte is not zero, so that one can see that it has come; where it ends."""
+    """Write something and commit; a position in the commit's record, which may end in zeros, with none behind it."""
     with server.connection() as connection:
-        text = "SELECT pg_logical_emit_message(true, 'tests', 'a mark that does not end in zeros')"
-        query(connection, text)
-        return Lsn.parse(query(connection, "SELECT pg_current_wal_flush_lsn()::text")[0][0]) - 1  # type: ignore[return-value]
+        query(connection, "SELECT pg_logical_emit_message(true, 'tests', 'mark')")
+        end = Lsn.parse(query(connection, "SELECT pg_current_wal_flush_lsn()::text")[0][0])
+    return Lsn(end - 16)
+
+
+def armed(server: Server) -> bool:
+    """Whether commits wait for a synchronous receiver."""
+    return bool(server.value("SELECT count(*) > 0 FROM pg_stat_replication WHERE sync_state = 'sync'"))
 
 
 def _name(pid: int) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
-import select
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -183,7 +183,10 @@ class Link:
         self.stalled = threading.Event()
         # Bytes from the client after which every connection is cut; 0 for never.
         self.cut_after = 0
+        # Bytes from the client after which nothing goes on; 0 for never.
+        self.stall_after = 0
         self.passed = 0
+        self.received = 0
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -206,10 +209,14 @@ class Link:
                 if self.rate:
                     time.sleep(len(data) / self.rate)
                 target.sendall(data)
-                if counts:
+                if not counts:
+                    self.received += len(data)
+                else:
                     self.passed += len(data)
                     if self.cut_after and self.passed >= self.cut_after:
                         self.cut()
+                    if self.stall_after and self.passed >= self.stall_after:
+                        self.stalled.set()
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
@@ -292,16 +299,31 @@ class Access:
         )
 
 
-def readable(descriptor: int, seconds: float) -> bool:
-    """Whether something can be read, or the end, within so many seconds."""
-    return bool(select.select([descriptor], [], [], seconds)[0])
+def masters(place: Path | str) -> list[int]:
+    """Processes of ssh that keep a connection whose socket lies in this directory."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                line = Path("/proc", name, "cmdline").read_bytes()
+            except OSError:
+                continue
+            if line.startswith(b"ssh: ") and str(place).encode() in line:
+                found.append(int(name))
+    return found
 
 
 @contextlib.contextmanager
-def short_directory() -> Iterator[Path]:
-    """A directory with a short name, as sockets want it."""
-    place = Path(tempfile.mkdtemp(prefix="k"))
+def private_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sockets of connections that persist lie in a place of this test alone, and are gone in the end."""
+    # As short as sockets want it.
+    place = tempfile.mkdtemp(prefix="k")
+    monkeypatch.setenv("TMPDIR", place)
+    monkeypatch.setattr("tempfile.tempdir", place)
     try:
-        yield place
+        yield
     finally:
+        for pid in masters(place):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(place, ignore_errors=True)

@@ -24,6 +24,8 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrErr
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import archive_info, backup_info
 from ansible_collections.pgdrill.pitr.plugins.module_utils.plan import RefusedError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
+from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import WalFile
+from ansible_collections.pgdrill.pitr.tests.integration.ssh_support import Access, Sshd
 from ansible_collections.pgdrill.pitr.tests.integration.support import (
     CLUSTER,
     PATIENCE,
@@ -36,6 +38,7 @@ from ansible_collections.pgdrill.pitr.tests.integration.support import (
     flip,
     until,
 )
+from ansible_collections.pgdrill.pitr.tests.unit.support import make_repository, put, segment, tree, wal_name
 
 MakeSandbox = Callable[..., Sandbox]
 Restore = Callable[..., Restored]
@@ -232,7 +235,9 @@ def test_recipients_that_change_need_both_identities(
     both.chmod(0o600)
     assert restored(encrypted, identity=str(both)).run().phase == "new key"
     # What lies before the change needs the old one only.
-    first = next(path for path in encrypted.segments() if path.read_bytes()[154:170].decode() == recipients_id([key.public]))
+    first = next(
+        path for path in encrypted.segments() if path.read_bytes()[154:170].decode() == recipients_id([key.public])
+    )
     plan = encrypted.plan(tmp_path / "elsewhere", {"recovery_target": "immediate"}, identity=str(key.path))
     assert plan.first_segment >= first.name
 
@@ -303,6 +308,17 @@ def test_damaged_manifest_is_not_called_a_wrong_identity(encrypted: Sandbox, key
     assert list(refusals(encrypted, encrypted.server.data, identity=str(key.path))) == ["backup_damaged"]
 
 
+@pytest.mark.parametrize("offset", [20, LENGTH + 40], ids=["line", "stanza"])
+def test_damaged_segment_that_the_plan_comes_upon_is_a_refusal(encrypted: Sandbox, key: Identity, offset: int) -> None:
+    encrypted.backup("only")
+    encrypted.probe()
+    encrypted.server.stop()
+    plan = encrypted.plan(encrypted.server.data, force=True, identity=str(key.path))
+    flip(next(path for path in encrypted.segments() if path.name == plan.first_segment), offset)
+    found = refusals(encrypted, encrypted.server.data, identity=str(key.path))
+    assert list(found) == ["archive_damaged"] and plan.first_segment in found["archive_damaged"]
+
+
 # --- damage during recovery
 
 
@@ -361,7 +377,12 @@ def test_primary_without_age_keeps_its_wal_until_age_is_there(
     # The archiver's own search path, with a place of its own for age, and the usual ones hidden.
     lib = Path(primary.wal_command).parent / "lib" / "pgdrill_pitr" / "codec.py"
     hidden = lib.read_text()
-    lib.write_text(hidden.replace("def which(command: str) -> str | None:", "def which(command):\n    return None if command == 'age' else _which(command)\n\n\ndef _which(command):"))
+    lib.write_text(
+        hidden.replace(
+            "def which(command: str) -> str | None:",
+            "def which(command):\n    return None if command == 'age' else _which(command)\n\n\ndef _which(command):",
+        )
+    )
     primary.server.start()
     primary.commit("waiting")
     primary.fill(2)
@@ -394,9 +415,7 @@ def test_probe_notices_other_content_without_a_key(encrypted: Sandbox) -> None:
 # --- backups
 
 
-def test_backup_without_age_is_refused_before_it_begins(
-    encrypted: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backup_without_age_is_refused_before_it_begins(encrypted: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crypt, "which", lambda command: None)
     with pytest.raises(PitrError, match="age is not installed"):
         encrypted.backup("none")
@@ -502,3 +521,71 @@ def test_encrypted_backup_with_a_tablespace_is_restored(
     cluster = restored(encrypted, identity=str(key.path), tablespace_mapping=mapping).run()
     assert cluster.server.value("SELECT count(*) FROM there") == 100
     assert list((tmp_path / "mapped").iterdir())
+
+
+# --- through ssh
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: Identity) -> Iterator[Access]:
+    """An encrypted repository with nothing in it, behind an sshd."""
+    folder = make_repository(tmp_path / "repository")
+    folder.change_recipients(crypt.check_recipients([key.public]))
+    folder.save()
+    sshd = Sshd(tmp_path / "sshd")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    sshd.start()
+    yield Access(sshd, Path(folder.repository), tmp_path)
+    sshd.stop()
+
+
+def test_encrypted_segment_goes_through_ssh_and_back(
+    remote: Access, tmp_path: Path, key: Identity, other: Identity
+) -> None:
+    name = wal_name(1, 5)
+    path = put(tmp_path / "pg_wal", name, segment(1, 5))
+    # Compressible or not, the client's first push, a repeated one, and one of something else.
+    assert (remote.push(path).returncode, remote.push(path).returncode) == (0, 0)
+    before = tree(remote.repository)
+    put(tmp_path / "pg_wal", name, segment(1, 5, seed=1))
+    again = remote.push(path)
+    assert 1 <= again.returncode <= 125 and "other content" in again.stderr
+    assert tree(remote.repository) == before
+    [stored] = remote.repository.rglob(name)
+    assert stored.read_bytes().startswith(b"pitr-age 1 ")
+    target = tmp_path / "got"
+    for identity, words in ((None, "no identity"), (other, "was not encrypted"), (key, "")):
+        option = [f"--identity={identity.path}"] if identity else []
+        got = remote.run("get", *option, CLUSTER, name, str(target))
+        assert words in got.stderr and (got.returncode > 125) == bool(words) and target.exists() == (not words)
+    assert target.read_bytes() == segment(1, 5)
+
+
+def test_damaged_encrypted_segment_is_told_through_ssh(remote: Access, tmp_path: Path, key: Identity) -> None:
+    name = wal_name(1, 5)
+    remote.push(put(tmp_path / "pg_wal", name, segment(1, 5)))
+    [stored] = remote.repository.rglob(name)
+    for offset in (90, LENGTH + 300, stored.stat().st_size - 1):
+        flip(stored, offset)
+        got = remote.run("get", f"--identity={key.path}", CLUSTER, name, str(tmp_path / "got"))
+        assert got.returncode > 125 and "is damaged" in got.stderr and not (tmp_path / "got").exists()
+        flip(stored, offset)
+
+
+def test_repository_host_takes_no_encrypted_file_that_is_not_whole(remote: Access, tmp_path: Path) -> None:
+    name = wal_name(1, 5)
+    remote.push(put(tmp_path / "pg_wal", name, segment(1, 5)))
+    [stored] = remote.repository.rglob(name)
+    whole = stored.read_bytes()
+    short = crypt.parse_header(whole, name)
+    short.size = 1000
+    folder = ClusterFolder.open(remote.url(), CLUSTER, remote.ssh(remote.writer))
+    before = tree(remote.repository)
+    for number, data in enumerate((whole[:-1], whole[:LENGTH], whole[:50], short.line() + whole[LENGTH:]), 10):
+        place = folder.wal_path(WalFile.parse(wal_name(1, number)))
+        with pytest.raises(PitrError, match=r"is damaged|can be right"), folder.tree.adding(place) as temporary:
+            Path(temporary).write_bytes(data)
+    assert tree(remote.repository) == before
+    with folder.tree.adding(folder.wal_path(WalFile.parse(wal_name(1, 20)))) as temporary:
+        Path(temporary).write_bytes(whole)
+    folder.tree.close()

@@ -29,6 +29,7 @@ import yaml
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import running_pid
 from ansible_collections.pgdrill.pitr.tests.integration.support import (
     SEGMENT_SIZE,
+    Identity,
     Server,
     cut,
     fingerprint,
@@ -328,3 +329,38 @@ def test_restore_in_place_to_a_point_in_time(fresh: Site) -> None:
     assert len(list((fresh.run_dir / "primary").glob("data.old-*"))) == 1
     until(lambda: list(fresh.repository.glob("main/archive/*/00000002.history")), "the history file in the archive")
     assert set(_changed(fresh.succeed("site")).values()) == {0}
+
+
+def test_encryption_is_turned_on_by_a_variable_and_a_restore_wants_the_key(fresh: Site, tmp_path: Path) -> None:
+    key, other = Identity(tmp_path / "key"), Identity(tmp_path / "other")
+    secret = key.secrets[0].decode()
+    output = fresh.fail("site", repository_encryption_recipients=[key.public, secret])
+    assert "holds a private key" in output and secret not in output
+    assert not fresh.repository.exists()
+    recipients = {"repository_encryption_recipients": [key.public]}
+    assert sum(_changed(fresh.succeed("site", **recipients)).values()) > 5
+    assert set(_changed(fresh.succeed("site", **recipients)).values()) == {0}
+    # Not named is not ended.
+    assert set(_changed(fresh.succeed("site")).values()) == {0}
+    document = fresh.repository / "main" / "cluster.json"
+    before = document.read_bytes()
+    both = {"repository_encryption_recipients": [other.public, key.public]}
+    shown = fresh.succeed("site", "--check", "--diff", **both)
+    assert _changed(shown)["repository"] == 1 and f"+recipient {other.public}" in shown
+    assert document.read_bytes() == before
+    assert _changed(fresh.succeed("site", **both))["repository"] == 1
+    assert set(_changed(fresh.succeed("site", **both)).values()) == {0}
+    fresh.server.sql("CREATE TABLE status AS SELECT 'encrypted'::text AS phase")
+    fresh.server.sql("SELECT pg_switch_wal()")
+    assert "no identity" in fresh.succeed("status")
+    fresh.server.stop()
+    files = fingerprint(fresh.run_dir / "primary", fresh.repository)
+    confirmed = {"restore_confirm": "main", "restore_force": True}
+    refused = fresh.fail("restore", **confirmed)
+    assert "identity_missing" in refused and key.public in refused
+    assert "identity_wrong" in fresh.fail("restore", **confirmed, restore_identity=str(other.path))
+    assert fingerprint(fresh.run_dir / "primary", fresh.repository) == files
+    output = fresh.succeed("restore", "-vvv", **confirmed, restore_identity=str(key.path))
+    assert fresh.server.phase == "encrypted" and secret not in output
+    trees = [path for path in fresh.run_dir.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert trees == []

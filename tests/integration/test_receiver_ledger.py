@@ -23,7 +23,7 @@ from typing import Any
 import psycopg2
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import running_pid
-from ansible_collections.pgdrill.pitr.tests.integration.receiving import APPLICATION, Receiving
+from ansible_collections.pgdrill.pitr.tests.integration.receiving import APPLICATION, Receiving, armed
 from ansible_collections.pgdrill.pitr.tests.integration.support import Restored, Sandbox, Server, until
 
 Restore = Callable[..., Restored]
@@ -163,7 +163,7 @@ def test_synchronous_receiver_loses_no_acknowledged_commit(
     receiving.start()
     primary.configure({"synchronous_standby_names": f'"{APPLICATION}"'})
     primary.server.sql("SELECT pg_reload_conf()")
-    until(lambda: primary.server.value("SELECT sync_state FROM pg_stat_replication") == "sync", "a synchronous receiver")
+    until(lambda: armed(primary.server), "a synchronous receiver")
     fire.rage()
     result = restored(primary, use_partial=True)
     assert result.plan.from_receiver

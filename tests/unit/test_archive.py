@@ -15,7 +15,6 @@ import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import archive, codec
@@ -154,13 +153,13 @@ def test_flipped_bit_in_a_stored_small_file_is_an_error(site: Site, name: str, a
 
 def test_segment_that_changes_while_it_is_read_is_not_archived(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     path = site.write(wal_name(1, 3), segment(1, 3))
-    real = codec.store
+    real = codec.Storing.finish
 
-    def store(*arguments: Any) -> None:
-        real(*arguments)
+    def finish(storing: codec.Storing) -> None:
+        real(storing)
         put(site.pg_wal, wal_name(1, 3), segment(1, 3, seed=1))
 
-    monkeypatch.setattr(codec, "store", store)
+    monkeypatch.setattr(codec.Storing, "finish", finish)
     with pytest.raises(PitrError, match="was changed while it was read"):
         site.push(path)
     assert os.listdir(site.stored(wal_name(1, 3)).parent) == []

@@ -504,7 +504,12 @@ def test_changed_bit_anywhere_is_refused(whole: tuple[Site, bytes], key: Key) ->
     stored = site.stored(NAME)
     line = [place for place in range(LENGTH) if not LENGTH - 17 <= place < LENGTH - 1]
     try:
-        for offset in [*line[::3], *range(LENGTH, LENGTH + 300, 7), *range(LENGTH + 300, len(data), 50021), len(data) - 1]:
+        for offset in [
+            *line[::3],
+            *range(LENGTH, LENGTH + 300, 7),
+            *range(LENGTH + 300, len(data), 50021),
+            len(data) - 1,
+        ]:
             changed = bytearray(data)
             changed[offset] ^= 1
             stored.write_bytes(changed)
@@ -530,7 +535,10 @@ def test_content_that_is_not_what_was_stored_is_refused(site: Site, key: Key) ->
     header.stored = hashlib.sha256(forged).hexdigest()
     stored.write_bytes(header.line() + forged)
     assert "its content is not what was stored" in site.refused(NAME, key.path).message
-    with pytest.raises(PitrError, match="not what was stored"), codec.open_reader(str(stored), Tree(key.path)) as reader:
+    with (
+        codec.open_reader(str(stored), Tree(key.path)) as reader,
+        pytest.raises(PitrError, match="not what was stored"),
+    ):
         reader.read()
 
 
@@ -585,6 +593,23 @@ def test_reader_that_is_left_in_the_middle_leaves_no_process(site: Site, key: Ke
     deadline = os.times().elapsed + 10
     while len(os.listdir("/proc/self/fd")) > descriptors:
         assert os.times().elapsed < deadline
+
+
+class _Far(Tree):
+    is_far = True
+
+
+def test_every_set_of_recipients_is_found_near_and_at_its_borders_far(site: Site, key: Key, other: Key) -> None:
+    paths = []
+    for number in range(40):
+        if number in (0, 13, 20):
+            site.encrypt_to(*{0: [], 13: [key.public], 20: [other.public]}[number])
+        paths.append(str(site.push(wal_name(1, number), segment(1, number))))
+    ids = [recipients_id([key.public]), recipients_id([other.public])]
+    assert crypt.by_recipients(Tree(), paths) == {ids[0]: paths[13], ids[1]: paths[20]}
+    far = crypt.by_recipients(_Far(), paths)
+    assert set(far) == set(ids) and far[ids[0]] in paths[13:20] and far[ids[1]] in paths[20:]
+    assert crypt.by_recipients(_Far(), paths[:5]) == crypt.by_recipients(_Far(), []) == {}
 
 
 # --- failures while writing
@@ -662,7 +687,8 @@ def test_damaged_recipients_are_never_taken_for_none(site: Site, key: Key, value
 def test_small_files_tell_by_their_first_bytes_that_they_are_encrypted(site: Site) -> None:
     stored = site.push(NAME, CONTENT)
     assert stored.read_bytes().startswith(crypt.PREFIX) and stored.read_bytes()[LENGTH:].startswith(crypt.AGE)
-    assert codec.is_encrypted(str(stored)) and not codec.is_encrypted(str(site.pg_wal / NAME))
+    for path, encrypted in ((stored, True), (site.pg_wal / NAME, False)):
+        source = Tree().open(str(path))
+        assert codec.is_encrypted(source) is encrypted
+        source.close()
     assert archive.same_content(str(stored), Tree(), os.open(site.pg_wal / NAME, os.O_RDONLY))
-
-

@@ -12,6 +12,7 @@ import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.index import ArchiveIndex, build, scan
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import Chapter
+from ansible_collections.pgdrill.pitr.plugins.module_utils.timeline import parse_history
 from ansible_collections.pgdrill.pitr.tests.unit.support import MIB, SYSTEM, history, make_repository, put, wal_name
 from hypothesis import given
 from hypothesis import strategies as st
@@ -96,7 +97,47 @@ def test_what_is_no_segment_is_not_indexed_as_one(tmp_path: Path) -> None:
     put(archive, "old.history", b"rubbish")
     index = scan(folder)
     assert index.ranges(1) == [(3, 3)] and index.timelines == [1]
-    assert sorted(index.unknown) == [f"{log.name}/{wal_name(1, 6)}.gz", f"{log.name}/notes.txt", "old.history"]
+    unknown = [f"{log.name}/{wal_name(1, 6)}.gz", f"{log.name}/notes.txt", "README", "old.history"]
+    assert sorted(index.unknown) == unknown
+    assert [(attached.timeline, attached.number) for attached in index.attached] == [(1, 3), (1, 5)]
+
+
+def test_names_that_only_look_like_segments_are_reported_and_not_counted(tmp_path: Path) -> None:
+    folder = make_repository(tmp_path / "r")
+    archive = Path(folder.archive_path())
+    log = archive / wal_name(1, 3)[:16]
+    put(log, wal_name(1, 3), b"")
+    # 1 MB segments end at 00000FFF; another folder's segment; letters that PostgreSQL does not write.
+    odd = [log.name + "00001000", wal_name(1, 4096), wal_name(2, 5), log.name + "0000000a", log.name + " 000000A"]
+    for name in odd:
+        put(log, name, b"")
+    put(archive, "000000010000000g", b"")
+    put(archive, "0000000300000000", b"a file where a folder belongs")
+    index = scan(folder)
+    assert index.ranges(1) == [(3, 3)] and index.timelines == [1] and index.segments == 1
+    lost = [f"{log.name}/{name}" for name in odd] + ["000000010000000g", "0000000300000000"]
+    assert sorted(index.unknown) == sorted(lost)
+
+
+def test_holes_are_found_where_one_timeline_leads_on_to_another() -> None:
+    # Timeline 2 begins in segment 5, timeline 3 in segment 9 of it.
+    index = index_of({1: frozenset({1, 2}), 2: frozenset({6, 7, 9}), 3: frozenset({11})})
+    index.add_history(2, parse_history(2, history((1, "0/580000"))))
+    index.add_history(3, parse_history(3, history((1, "0/580000"), (2, "0/980000"))))
+    assert index.holes() == [(1, 3, 4), (2, 5, 5), (2, 8, 8), (3, 9, 10)]
+
+
+def test_wal_that_was_expired_is_no_hole() -> None:
+    index = index_of({2: frozenset({7, 8}), 3: frozenset({9})})
+    index.add_history(2, parse_history(2, history((1, "0/580000"))))
+    index.add_history(3, parse_history(3, history((1, "0/580000"), (2, "0/980000"))))
+    assert index.holes() == []
+
+
+def test_branch_that_has_archived_nothing_is_no_hole() -> None:
+    index = index_of({1: frozenset({4, 5})})
+    index.add_history(2, parse_history(2, history((1, "0/580000"))))
+    assert index.holes() == []
 
 
 def test_archive_that_is_not_there_is_an_error_and_not_empty(tmp_path: Path) -> None:
@@ -131,8 +172,9 @@ def test_chapters_are_scanned_apart(tmp_path: Path) -> None:
     assert scan(folder, old).segments == 1
 
 
-def test_file_with_a_number_that_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
+def test_file_with_a_number_that_cannot_be_is_reported_and_not_counted(tmp_path: Path) -> None:
     folder = make_repository(tmp_path / "r", size=16 * MIB)
-    put(Path(folder.archive_path()) / wal_name(1, 300)[:16], wal_name(1, 300), b"")
-    with pytest.raises(PitrError, match=r"000000010000000000.*cannot be a segment"):
-        scan(folder)
+    name = wal_name(1, 300)
+    put(Path(folder.archive_path()) / name[:16], name, b"")
+    index = scan(folder)
+    assert index.segments == 0 and index.unknown == [f"{name[:16]}/{name}"]

@@ -174,6 +174,8 @@ def test_plan_is_told_in_full() -> None:
         "end_lsn": "0/300010",
         "backup_bytes": 1000,
         "notes": [],
+        "from_receiver": [],
+        "at_least": None,
     }
 
 

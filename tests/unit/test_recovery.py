@@ -141,6 +141,13 @@ def test_end_of_the_archive_is_reached_only_in_its_last_segment(lsn: str, fits: 
     assert fits or said == f"the archive reaches beyond 0/3F00000, but WAL could be read only up to {lsn}"
 
 
+def test_recovery_that_ends_before_the_receivers_last_record_is_no_success() -> None:
+    """The plan's last segment is half written, so that its beginning proves little."""
+    plan = {"target_kind": "latest", "end_lsn": "0/600000", "segments": 2, "wal_bytes": 2 << 20, "at_least": "0/580000"}
+    assert "0/580000" in contradiction(plan, parse_reason("0/570000", LATEST))
+    assert contradiction(plan, parse_reason("0/580100", LATEST)) == ""
+
+
 START = "2026-03-01 12:00:00 UTC [1] LOG:  starting PostgreSQL 18.6 on x86_64"
 LOG = "2026-03-01 12:00:01 UTC [2] LOG:  recovery stopping "
 

@@ -21,7 +21,7 @@ from .say import SandboxError, step
 from .testing import copy_checkout
 
 # The collections that galaxy.yml depends on; they come with the Python package `ansible`.
-DEPENDENCIES = ("community.postgresql",)
+DEPENDENCIES = ("ansible.posix", "community.postgresql")
 # The Pythons of managed hosts and controllers, see tests/config.yml.
 _SANITY_PYTHONS = ("3.9", "3.10", "3.11", "3.12", "3.13")
 _GALAXY = ("ansible-galaxy", "collection")
@@ -30,7 +30,7 @@ _GALAXY = ("ansible-galaxy", "collection")
 def lint(layout: Layout, arguments: Sequence[str]) -> int:
     """ansible-lint with the profile of .ansible-lint, then ruff and shellcheck. Returns the first exit code but 0."""
     env = drill.environment(layout)
-    scripts = [".ci/run"]
+    scripts = [".ci/run", "benchmarks/bare.sh"]
     commands = [
         [*layout.command("ansible-lint"), "--offline", "--strict", *arguments],
         [str(layout.venv / "bin" / "ruff"), "check", "--quiet"],

@@ -1,0 +1,131 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Replay of a pgbench load through pitr-wal get beside the replay of the same WAL that is in pg_wal already.
+
+Both start from the same copy of the cluster, replay every segment, and promote; they run in turn. What is compared is
+what the server's log tells: from "redo starts" to "redo done".
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from wal_load import CLUSTER, Cluster, Failed, Usage, archive, as_server_user
+
+DONE = re.compile(r"redo done at \S+ system usage: CPU: user: ([0-9.]+) s, system: ([0-9.]+) s, elapsed: ([0-9.]+) s")
+
+
+class Replay:
+    """One recovery of the copy."""
+
+    def __init__(self, cluster: Cluster, name: str, restore_command: str, is_local: bool) -> None:
+        self._cluster = cluster
+        self.name = name
+        self._command = restore_command
+        self._is_local = is_local
+        self._data = cluster.home / f"replay-{name}"
+
+    def run(self) -> tuple[float, Usage]:
+        """Seconds of redo, and what all processes used."""
+        shutil.rmtree(self._data, ignore_errors=True)
+        shutil.copytree(self._cluster.before, self._data)
+        if self._is_local:
+            for name in self._cluster.segments:
+                shutil.copy2(self._cluster.wal / name, self._data / "pg_wal" / name)
+        else:
+            for path in (self._data / "pg_wal").iterdir():
+                if path.is_file():
+                    path.unlink()
+        with open(self._data / "postgresql.conf", "a", encoding="utf-8") as file:
+            file.write(f"restore_command = '{self._command}'\nrecovery_target_timeline = 'current'\n")
+        (self._data / "recovery.signal").touch()
+        log = Path(f"{self._data}.log")
+        log.unlink(missing_ok=True)
+        os.sync()
+        usage = Usage()
+        self._cluster.start(self._data, wait=False)
+        deadline = time.monotonic() + 3600
+        while "ready to accept connections" not in (text := log.read_text(encoding="utf-8") if log.exists() else ""):
+            if time.monotonic() > deadline or "FATAL" in text:
+                raise Failed(f"{self.name} does not come up:\n{text[-2000:]}")
+            time.sleep(0.1)
+        self._check(text)
+        self._cluster.stop(self._data, "immediate")
+        usage.stop()
+        shutil.rmtree(self._data)
+        found = DONE.search(text)
+        if found is None:
+            raise Failed(f"the log of {self.name} does not tell how long redo took:\n{text[-2000:]}")
+        return float(found.group(3)), usage
+
+    def _check(self, text: str) -> None:
+        """All of it was replayed, from where it should come."""
+        last = self._cluster.segments[-1]
+        restored = text.count("restored log file")
+        if not self._is_local and (restored < len(self._cluster.segments) or f'"{last}"' not in text):
+            raise Failed(f"only {restored} segments were fetched")
+        if self._is_local and restored:
+            raise Failed("segments were fetched although all are in pg_wal")
+
+
+def measure(bin_dir: Path, home: Path, options: argparse.Namespace) -> None:
+    cluster = Cluster(bin_dir, home, options.scale, options.segments)
+    folder = home / "repository"
+    if not (home / "archived").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        cluster.make_repository(folder, options.pg)
+        for name in cluster.segments:
+            archive.push(str(cluster.wal / name), str(folder), CLUSTER, "zstd:1")
+        (home / "archived").touch()
+    ahead = {} if options.prefetch is None else {"prefetch": options.prefetch}
+    command = cluster.install(home / "pitr", folder, **ahead)
+    fetch = f'{command} get --system-identifier={cluster.system_identifier} {CLUSTER} "%f" "%p"'
+    sides = [Replay(cluster, "local", "false", True), Replay(cluster, "get", fetch, False)]
+    figures: dict[str, list[tuple[float, Usage]]] = {side.name: [] for side in sides}
+    print(f"{len(cluster.segments)} segments of 16 MB")
+    for number in range(options.rounds):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            load = os.getloadavg()[0]
+            seconds, usage = side.run()
+            figures[side.name].append((seconds, usage))
+            print(
+                f"round {number + 1}: {side.name:<6} redo {seconds:6.2f} s, from start to promotion {usage.wall:6.2f} s,"
+                f" processors {usage.cpu:6.2f} s, load before it {load:.2f}",
+                flush=True,
+            )
+    medians = {name: statistics.median(seconds for seconds, _usage in items) for name, items in figures.items()}
+    pairs = zip(figures["get"], figures["local"], strict=True)
+    ratios = [ours[0] / local[0] for ours, local in pairs]
+    print(f"redo, median: local {medians['local']:.2f} s, get {medians['get']:.2f} s")
+    print(
+        f"ratio: {medians['get'] / medians['local']:.3f} of the medians, {statistics.median(ratios):.3f} the median of"
+        f" the rounds ({', '.join(f'{ratio:.3f}' for ratio in ratios)})"
+    )
+
+
+def main() -> int:
+    """Returns 0 when everything worked, whatever the figures are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pg", type=int, default=18, help="PostgreSQL's major version (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often both run (%(default)s)")
+    parser.add_argument("--segments", type=int, default=90, help="segments of 16 MB, at least (%(default)s)")
+    parser.add_argument("--scale", type=int, default=50, help="scale of pgbench (%(default)s)")
+    parser.add_argument("--prefetch", type=int, help="the setting prefetch; without it, its default")
+    parser.add_argument("--keep", type=Path, help="directory for the cluster and its WAL, used again if it is there")
+    options = parser.parse_args()
+    compare: Callable[[Path, Path], None] = lambda bin_dir, home: measure(bin_dir, home, options)  # noqa: E731
+    return as_server_user(options.pg, compare, options.keep)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
