@@ -302,8 +302,8 @@ MUTATIONS = (
     _mutation(
         "the environment of the server reaches the interpreter",
         "cli",
-        '\nexec {python} -I -S {library}',
-        '\nexec {python} {library}',
+        "\nexec {python} -I -S {library}",
+        "\nexec {python} {library}",
         f"{ARCHIVING}::test_command_does_not_read_the_environment_of_the_server",
     ),
     # --- repository
@@ -502,7 +502,7 @@ MUTATIONS = (
     _mutation(
         "another cluster's directory is replaced",
         "restore",
-        "        if identifier != folder.chapter.system_identifier:\n",
+        "        if identifier != self._chapter.system_identifier:\n",
         "        if False:\n",
         f"{REFUSALS}::test_directory_of_another_cluster_is_refused",
     ),
@@ -516,7 +516,7 @@ MUTATIONS = (
     _mutation(
         "what another cluster's restore has left is cleared away",
         "restore",
-        'if isinstance(found, dict) and found.get("system_identifier") == folder.chapter.system_identifier:',
+        'if isinstance(found, dict) and found.get("system_identifier") == self._chapter.system_identifier:',
         "if isinstance(found, dict):",
         f"{REFUSALS}::test_directory_with_something_else_in_it_is_refused",
     ),
@@ -1065,7 +1065,7 @@ MUTATIONS = (
     _mutation(
         "a short RSA key is a recipient",
         "crypt",
-        '.bit_length() >= _RSA_MINIMUM',
+        ".bit_length() >= _RSA_MINIMUM",
         ".bit_length() > 0",
         f"{CRYPT}::test_recipient_that_age_would_not_take_is_refused",
     ),
