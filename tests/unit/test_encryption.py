@@ -13,9 +13,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from ansible_collections.pgdrill.pitr.plugins.module_utils import archive, cli, codec, crypt
+from ansible_collections.pgdrill.pitr.plugins.module_utils import archive, cli, codec, encryption
 from ansible_collections.pgdrill.pitr.plugins.module_utils.archive import get, push
-from ansible_collections.pgdrill.pitr.plugins.module_utils.crypt import (
+from ansible_collections.pgdrill.pitr.plugins.module_utils.encryption import (
     LENGTH,
     Header,
     LockedError,
@@ -427,7 +427,7 @@ def test_identity_readable_by_a_group_is_accepted(site: Site, key: Key, tmp_path
 @pytest.fixture
 def without_age(monkeypatch: pytest.MonkeyPatch) -> None:
     real = codec.which
-    monkeypatch.setattr(crypt, "which", lambda command: None if command == "age" else real(command))
+    monkeypatch.setattr(encryption, "which", lambda command: None if command == "age" else real(command))
 
 
 def test_push_without_age_archives_nothing(site: Site, without_age: None) -> None:
@@ -442,7 +442,7 @@ def test_get_without_age_is_an_error_and_not_an_absence(
     site: Site, key: Key, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     site.push(NAME, CONTENT)
-    monkeypatch.setattr(crypt, "which", lambda command: None)
+    monkeypatch.setattr(encryption, "which", lambda command: None)
     put(tmp_path, f"{CLUSTER}.json", f'{{"repository": "{site.repository}", "identity": "{key.path}"}}')
     assert cli.main([str(tmp_path), "get", CLUSTER, NAME, site.target]) == cli.FAILED
     assert "age is not installed on this host" in capfd.readouterr().err
@@ -606,10 +606,10 @@ def test_every_set_of_recipients_is_found_near_and_at_its_borders_far(site: Site
             site.encrypt_to(*{0: [], 13: [key.public], 20: [other.public]}[number])
         paths.append(str(site.push(wal_name(1, number), segment(1, number))))
     ids = [recipients_id([key.public]), recipients_id([other.public])]
-    assert crypt.by_recipients(Tree(), paths) == {ids[0]: paths[13], ids[1]: paths[20]}
-    far = crypt.by_recipients(_Far(), paths)
+    assert encryption.by_recipients(Tree(), paths) == {ids[0]: paths[13], ids[1]: paths[20]}
+    far = encryption.by_recipients(_Far(), paths)
     assert set(far) == set(ids) and far[ids[0]] in paths[13:20] and far[ids[1]] in paths[20:]
-    assert crypt.by_recipients(_Far(), paths[:5]) == crypt.by_recipients(_Far(), []) == {}
+    assert encryption.by_recipients(_Far(), paths[:5]) == encryption.by_recipients(_Far(), []) == {}
 
 
 # --- failures while writing
@@ -686,7 +686,7 @@ def test_damaged_recipients_are_never_taken_for_none(site: Site, key: Key, value
 
 def test_small_files_tell_by_their_first_bytes_that_they_are_encrypted(site: Site) -> None:
     stored = site.push(NAME, CONTENT)
-    assert stored.read_bytes().startswith(crypt.PREFIX) and stored.read_bytes()[LENGTH:].startswith(crypt.AGE)
+    assert stored.read_bytes().startswith(encryption.PREFIX) and stored.read_bytes()[LENGTH:].startswith(encryption.AGE)
     for path, encrypted in ((stored, True), (site.pg_wal / NAME, False)):
         source = Tree().open(str(path))
         assert codec.is_encrypted(source) is encrypted
