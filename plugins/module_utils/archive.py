@@ -96,7 +96,7 @@ def same_content(stored: str, tree: Tree, source: int) -> bool:
     held = tree.open(stored)
     try:
         if codec.is_encrypted(held):
-            from .crypt import check_stored, content_digest
+            from .encryption import check_stored, content_digest
 
             # This host cannot decrypt it. Its first line tells the content, and that what follows is whole.
             header = check_stored(held)

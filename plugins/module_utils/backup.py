@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import codec, crypt, locks
+from . import codec, encryption, locks
 from .catalog import Backup, StoredFile, Tablespace
 from .errors import PitrError
 from .index import scan
@@ -198,7 +198,7 @@ class BaseBackup:
         names = ("system_identifier", "version", "archive_mode", "wal_segment_size", "compressions", "standby", "now")
         facts = dict(zip(names, row))
         if self._folder.recipients:
-            crypt.encrypt_argv(self._folder.recipients)
+            encryption.encrypt_argv(self._folder.recipients)
         chapter = self._folder.require(facts["system_identifier"])
         if chapter is not self._folder.chapter:
             raise PitrError(
@@ -388,7 +388,7 @@ class BaseBackup:
             ),
             tablespaces=tablespaces,
             next_xid=next_xid,
-            encryption=crypt.recipients_id(recipients),
+            encryption=encryption.recipients_id(recipients),
         )
 
     def _check_content(self, directory: str, names: list[str], file_count: int, total: int) -> str:
@@ -515,9 +515,9 @@ def sweep(folder: ClusterFolder) -> list[str]:
 def _encrypt(directory: str, name: str, recipients: Sequence[str], lock: int) -> str:
     """Put an encrypted file in place of a plain one; returns its name. The lock is shared as with pg_basebackup."""
     plain = os.path.join(directory, name)
-    with open(plain, "rb") as source, open(plain + crypt.SUFFIX, "xb") as target:
+    with open(plain, "rb") as source, open(plain + encryption.SUFFIX, "xb") as target:
         done = subprocess.run(
-            crypt.encrypt_argv(recipients),
+            encryption.encrypt_argv(recipients),
             stdin=source,
             stdout=target,
             stderr=subprocess.PIPE,
@@ -529,7 +529,7 @@ def _encrypt(directory: str, name: str, recipients: Sequence[str], lock: int) ->
             raise PitrError(f"age could not encrypt {name}: {said} The backup was removed again.")
         os.fsync(target.fileno())
     os.unlink(plain)
-    return name + crypt.SUFFIX
+    return name + encryption.SUFFIX
 
 
 def _tablespaces(base_tar: str) -> tuple[Tablespace, ...]:

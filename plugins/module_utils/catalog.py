@@ -60,7 +60,7 @@ class Backup:
     tablespaces: tuple[Tablespace, ...] = ()
     # 64-bit id of the next transaction when the backup had ended: later ones are certainly not in it.
     next_xid: int | None = None
-    # Id of the recipients that its files are encrypted to (crypt.recipients_id), empty when they are not.
+    # Id of the recipients that its files are encrypted to (encryption.recipients_id), empty when they are not.
     encryption: str = ""
     # Label of the backup that an incremental one builds upon; None for a full one.
     parent: str | None = None

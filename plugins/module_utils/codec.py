@@ -26,7 +26,7 @@ from .tree import LOCAL, Source, Tree
 
 TYPE_CHECKING = False  # typing's own would cost more than most of what this imports
 if TYPE_CHECKING:
-    from .crypt import Seal
+    from .encryption import Seal
 
 CHUNK = 1024 * 1024
 NAMES = ("none", "gzip", "lz4", "zstd")
@@ -276,7 +276,7 @@ class Storing:
     def __init__(
         self, source: int, path: str, codec: str | tuple[str, int], size: int, recipients: Sequence[str] = ()
     ) -> None:
-        """``source`` stands at its beginning, and holds ``size`` bytes. With ``recipients`` it is encrypted (crypt.py).
+        """``source`` stands at its beginning, and holds ``size`` bytes. With ``recipients`` it is encrypted to them.
 
         Raises FileExistsError, OSError, or PitrError; then there is no new file.
         """
@@ -326,7 +326,7 @@ def _seal(recipients: Sequence[str]) -> Seal | None:
     if not recipients:
         return None
     # What only encryption needs costs as much as a start of Python.
-    from .crypt import Seal
+    from .encryption import Seal
 
     return Seal(recipients)
 
@@ -440,7 +440,7 @@ class Reader:
 
 def is_encrypted(source: Source) -> bool:
     """Whether a stored file is encrypted, by its first bytes."""
-    # As in crypt.py, which is not imported for every file.
+    # As in encryption.py, which is not imported for every file.
     return source.peek(32).startswith((b"pitr-age ", b"age-encryption.org/"))
 
 
@@ -458,7 +458,7 @@ def open_source(path: str, tree: Tree = LOCAL) -> Source:
     source = tree.open(path)
     try:
         if is_encrypted(source):
-            from .crypt import Decrypted
+            from .encryption import Decrypted
 
             return Decrypted(source, tree.identity)
         return source
@@ -472,7 +472,7 @@ def open_reader(path: str, tree: Tree = LOCAL) -> Iterator[Reader]:
     """Read the content of a stored file, whatever it is compressed with, and whether or not it is encrypted.
 
     Raises OSError when it cannot be opened, PitrError, naming it, when it is damaged or truncated, and LockedError (of
-    crypt.py) when ``tree.identity`` does not open it.
+    encryption.py) when ``tree.identity`` does not open it.
     """
     source = open_source(path, tree)
     try:

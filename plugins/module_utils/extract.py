@@ -16,7 +16,7 @@ from . import codec
 from .backup import MANIFEST, open_tar, sha256
 from .catalog import Backup, Tablespace
 from .codec import CHUNK
-from .crypt import SUFFIX
+from .encryption import SUFFIX
 from .errors import PitrError
 from .postgres import binary, run
 from .repository import write_atomic

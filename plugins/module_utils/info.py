@@ -13,7 +13,7 @@ from typing import Any
 
 from .backup import damaged_backups, keep_mark, stored_backups
 from .catalog import Backup
-from .crypt import LockedError
+from .encryption import LockedError
 from .index import ArchiveIndex, scan
 from .plan import reachable_end
 from .repository import Chapter, ClusterFolder

@@ -28,7 +28,7 @@ FILES = (
     "archive",
     "cli",
     "codec",
-    "crypt",
+    "encryption",
     "errors",
     "fast",
     "receiver",

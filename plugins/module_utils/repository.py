@@ -274,7 +274,7 @@ def create(
     """Create or validate a cluster's folder and bind it to a system identifier.
 
     With ``new_chapter`` a folder that belongs to another one gets a chapter beside the old ones, which stay.
-    ``recipients``, as crypt.check_recipients gives them, are who everything that is stored from now on is encrypted to;
+    ``recipients``, as encryption.check_recipients gives them, are who everything stored from now on is encrypted to;
     empty ends encryption, None leaves it as it is. Returns the folder and what was (or with ``check`` would be) created
     or changed. Raises PitrError when the folder is bound to another cluster, or a directory with other things in it
     would become a repository.

@@ -25,7 +25,7 @@ from typing import Any
 from . import extract, locks, recovery_conf, tail
 from .backup import damaged_backups, stored_backups
 from .catalog import Backup
-from .crypt import LockedError, by_recipients, check_identity, recipients_id, try_identity
+from .encryption import LockedError, by_recipients, check_identity, recipients_id, try_identity
 from .errors import PitrError
 from .index import ArchiveIndex, scan
 from .plan import (

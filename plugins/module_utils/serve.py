@@ -203,7 +203,7 @@ class Server:
 
     def _check_encrypted(self, path: str, wal_file: WalFile, chapter: Chapter) -> None:
         """Whether it came whole, for whom it is, and how large it says to be. More cannot be seen without a key."""
-        from .crypt import recipients_id, verify_stored
+        from .encryption import recipients_id, verify_stored
 
         header = verify_stored(LOCAL, path)
         if header.recipients != recipients_id(self._folder.recipients):

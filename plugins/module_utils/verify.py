@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from . import codec, crypt
+from . import codec, encryption
 from .backup import KEEP_FILE, MANIFEST, open_tar, sha256
 from .catalog import Backup
 from .errors import PitrError
@@ -121,7 +121,7 @@ class Verification:
         if level == CONTENT and whole:
             try:
                 damage += self._content(backup)
-            except crypt.LockedError as error:
+            except encryption.LockedError as error:
                 level = STORED
                 notes.append(f"its content was not read: {error.message}")
         elif level == CONTENT:
@@ -220,13 +220,13 @@ class Verification:
         try:
             with contextlib.closing(tree.open(path)) as source:
                 head = source.peek()
-                if head.startswith(crypt.PREFIX):
+                if head.startswith(encryption.PREFIX):
                     digest = hashlib.sha256()
-                    source.skip(crypt.LENGTH)
+                    source.skip(encryption.LENGTH)
                     while data := os.read(source.descriptor, codec.CHUNK):
                         digest.update(data)
                     source.check()
-                    if digest.hexdigest() != crypt.parse_header(head, path).stored:
+                    if digest.hexdigest() != encryption.parse_header(head, path).stored:
                         return "has other content than was stored", False
                     if not tree.identity:
                         return "", True
@@ -238,7 +238,7 @@ class Verification:
                     size += stream.write(data)
         except FileNotFoundError:
             return "is missing", False
-        except crypt.LockedError:
+        except encryption.LockedError:
             # Not the file's fault; what has no key of its own was looked at above.
             return "", True
         except PitrError as error:
@@ -282,7 +282,7 @@ class Verification:
         try:
             with codec.open_reader(path, self._folder.tree) as reader:
                 expected = read_manifest(reader)
-        except crypt.LockedError:
+        except encryption.LockedError:
             raise
         except PitrError as error:
             return [Damage(backup.label, path, error.message)]
@@ -296,7 +296,7 @@ class Verification:
             try:
                 for problem in self._tar(path, prefix, expected):
                     damage.append(Damage(backup.label, path, problem))
-            except crypt.LockedError:
+            except encryption.LockedError:
                 raise
             except PitrError as error:
                 damage.append(Damage(backup.label, path, error.message))

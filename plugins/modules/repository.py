@@ -134,7 +134,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
-from ansible_collections.pgdrill.pitr.plugins.module_utils.crypt import check_recipients, recipients_id
+from ansible_collections.pgdrill.pitr.plugins.module_utils.encryption import check_recipients, recipients_id
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import Chapter, create
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import valid_segment_size

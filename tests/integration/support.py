@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.pgdrill.pitr.plugins.module_utils import crypt, settings
+from ansible_collections.pgdrill.pitr.plugins.module_utils import encryption, settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils import repository as repositories
 from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import BaseBackup
 from ansible_collections.pgdrill.pitr.plugins.module_utils.catalog import Backup
@@ -221,7 +221,7 @@ class Storage:
     def encrypt_to(self, *recipients: str) -> None:
         """What is stored from now on."""
         folder = self.folder
-        changed = crypt.check_recipients(recipients)
+        changed = encryption.check_recipients(recipients)
         repositories.create(str(self.repository), CLUSTER, folder.chapter, recipients=changed)
 
     @property

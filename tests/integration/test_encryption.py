@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.pgdrill.pitr.plugins.module_utils import codec, crypt, restore
-from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import stored_backups
-from ansible_collections.pgdrill.pitr.plugins.module_utils.crypt import LENGTH, recipients_id
+from ansible_collections.pgdrill.pitr.plugins.module_utils import codec, encryption, restore
+from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import BaseBackup, stored_backups
+from ansible_collections.pgdrill.pitr.plugins.module_utils.encryption import LENGTH, recipients_id
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import archive_info, backup_info
 from ansible_collections.pgdrill.pitr.plugins.module_utils.plan import RefusedError
@@ -295,7 +295,7 @@ def test_restore_on_a_host_without_age_is_refused_in_the_plan(
     encrypted.probe()
     encrypted.server.stop()
     real = codec.which
-    monkeypatch.setattr(crypt, "which", lambda command: None if command == "age" else real(command))
+    monkeypatch.setattr(encryption, "which", lambda command: None if command == "age" else real(command))
     found = refusals(encrypted, encrypted.server.data, identity=str(key.path))
     assert list(found) == ["age_missing"]
 
@@ -416,15 +416,19 @@ def test_probe_notices_other_content_without_a_key(encrypted: Sandbox) -> None:
 
 
 def test_backup_without_age_is_refused_before_it_begins(encrypted: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crypt, "which", lambda command: None)
+    monkeypatch.setattr(encryption, "which", lambda command: None)
     with pytest.raises(PitrError, match="age is not installed"):
         encrypted.backup("none")
+    # Check mode tells it, too, which copies nothing.
+    work = BaseBackup(encrypted.folder, encrypted.server.login, encrypted.bin_dir)
+    with encrypted.server.connection() as connection, pytest.raises(PitrError, match="age is not installed"):
+        work.check(connection)
     assert list(encrypted.backups.iterdir()) == []
 
 
 def test_backup_that_cannot_be_encrypted_is_not_there(encrypted: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = crypt.encrypt_argv
-    monkeypatch.setattr(crypt, "encrypt_argv", lambda recipients: [*real(recipients), "-r", "age1nobody"])
+    real = encryption.encrypt_argv
+    monkeypatch.setattr(encryption, "encrypt_argv", lambda recipients: [*real(recipients), "-r", "age1nobody"])
     with pytest.raises(PitrError, match="could not encrypt"):
         encrypted.backup("none")
     assert list(encrypted.backups.iterdir()) == []
@@ -530,7 +534,7 @@ def test_encrypted_backup_with_a_tablespace_is_restored(
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: Identity) -> Iterator[Access]:
     """An encrypted repository with nothing in it, behind an sshd."""
     folder = make_repository(tmp_path / "repository")
-    folder.change_recipients(crypt.check_recipients([key.public]))
+    folder.change_recipients(encryption.check_recipients([key.public]))
     folder.save()
     sshd = Sshd(tmp_path / "sshd")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -577,7 +581,7 @@ def test_repository_host_takes_no_encrypted_file_that_is_not_whole(remote: Acces
     remote.push(put(tmp_path / "pg_wal", name, segment(1, 5)))
     [stored] = remote.repository.rglob(name)
     whole = stored.read_bytes()
-    short = crypt.parse_header(whole, name)
+    short = encryption.parse_header(whole, name)
     short.size = 1000
     folder = ClusterFolder.open(remote.url(), CLUSTER, remote.ssh(remote.writer))
     before = tree(remote.repository)

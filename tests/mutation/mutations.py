@@ -22,7 +22,7 @@ ARCHIVE_FAULTS = "tests/integration/test_archive_faults.py"
 RECEIVER = "tests/integration/test_receiver.py"
 PARTIAL = "tests/integration/test_receiver_partial.py"
 ENCRYPTION = "tests/integration/test_encryption.py"
-CRYPT = "tests/unit/test_crypt.py"
+CRYPT = "tests/unit/test_encryption.py"
 
 
 @dataclass(frozen=True)
@@ -1040,38 +1040,38 @@ MUTATIONS = (
         "begin = _last_segment(planned)",
         "tests/unit/test_recovery.py::test_recovery_that_ends_before_the_receivers_last_record_is_no_success",
     ),
-    # --- crypt
+    # --- encryption
     _mutation(
         "a first line that was not written like that is read",
-        "crypt",
+        "encryption",
         "if header.line() == head[:LENGTH] and _HEX.issuperset(content + stored + recipients[:-1]):",
         "if True:",
         f"{CRYPT}::test_line_that_was_not_written_here_is_damaged",
     ),
     _mutation(
         "a private key is a recipient like any other",
-        "crypt",
+        "encryption",
         'if "AGE-SECRET-KEY" in text.upper() or "PRIVATE KEY" in text.upper() or "AGE-PLUGIN-" in text.upper():',
         "if False:",
         f"{CRYPT}::test_private_key_among_recipients_is_refused_without_repeating_it",
     ),
     _mutation(
         "a typing error in a recipient is not noticed",
-        "crypt",
+        "encryption",
         "    return check == 1\n",
         "    return True\n",
         f"{CRYPT}::test_recipient_that_age_would_not_take_is_refused",
     ),
     _mutation(
         "a short RSA key is a recipient",
-        "crypt",
+        "encryption",
         ".bit_length() >= _RSA_MINIMUM",
         ".bit_length() > 0",
         f"{CRYPT}::test_recipient_that_age_would_not_take_is_refused",
     ),
     _mutation(
         "an identity that everybody can read is used",
-        "crypt",
+        "encryption",
         "    if mode & 0o007:\n",
         "    if False:\n",
         f"{CRYPT}::test_unusable_identity_is_told_without_its_content",
@@ -1079,21 +1079,21 @@ MUTATIONS = (
     ),
     _mutation(
         "an identity with a passphrase is left to age",
-        "crypt",
+        "encryption",
         'return not rest.startswith(b"b3BlbnNzaC1rZXktdjEAAAAABG5vbmU")',
         "return False",
         f"{CRYPT}::test_identity_of_ssh_with_a_passphrase_is_refused_instead_of_asked_for",
     ),
     _mutation(
         "a wrong identity is called damage",
-        "crypt",
+        "encryption",
         'if "no identity matched" in said:',
         "if False:",
         f"{CRYPT}::test_wrong_identity_is_not_called_damage",
     ),
     _mutation(
         "a damaged stanza is called a wrong identity",
-        "crypt",
+        "encryption",
         "if self.header is not None and self._stored.hexdigest() != self.header.stored:",
         "if False:",
         f"{CRYPT}::test_damaged_stanza_is_not_called_a_wrong_identity",
@@ -1101,7 +1101,7 @@ MUTATIONS = (
     ),
     _mutation(
         "the content is not compared with its digest",
-        "crypt",
+        "encryption",
         "if (self.sha256.hexdigest(), self.size) != (self._header.content, self._header.size):",
         "if False:",
         f"{CRYPT}::test_content_that_is_not_what_was_stored_is_refused",
@@ -1109,7 +1109,7 @@ MUTATIONS = (
     ),
     _mutation(
         "the digest in the first line is enough for a duplicate",
-        "crypt",
+        "encryption",
         "    if digest.hexdigest() != header.stored:\n",
         "    if False:\n",
         f"{CRYPT}::test_duplicate_of_a_damaged_file_is_not_called_done",
@@ -1170,7 +1170,7 @@ MUTATIONS = (
     ),
     _mutation(
         "one segment stands for all recipients",
-        "crypt",
+        "encryption",
         "        found.setdefault(header.recipients, paths[at])\n",
         "        found.setdefault(next(iter(found), header.recipients), paths[at])\n",
         f"{ENCRYPTION}::test_recipients_that_change_need_both_identities",
@@ -1192,7 +1192,7 @@ MUTATIONS = (
     _mutation(
         "a backup begins without age",
         "backup",
-        "            crypt.encrypt_argv(self._folder.recipients)\n",
+        "            encryption.encrypt_argv(self._folder.recipients)\n",
         "            pass\n",
         f"{ENCRYPTION}::test_backup_without_age_is_refused_before_it_begins",
     ),
@@ -1215,7 +1215,7 @@ MUTATIONS = (
         "backup",
         "    os.unlink(plain)\n",
         "",
-        f"{ENCRYPTION}::test_encrypted_cluster_comes_back_whole_and_its_hosts_hold_no_key",
+        f"{ENCRYPTION}::test_plain_files_of_a_killed_backup_are_removed_by_the_next_one",
     ),
     _mutation(
         "a failure of age is not noticed",

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import serve as serving
-from ansible_collections.pgdrill.pitr.plugins.module_utils.crypt import Header, recipients_id
+from ansible_collections.pgdrill.pitr.plugins.module_utils.encryption import Header, recipients_id
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wire import (
     ANSWER,
