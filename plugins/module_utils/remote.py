@@ -392,14 +392,7 @@ class SshTree(Tree):
             raise PitrError("The command ssh is not installed on this host. Install the package openssh-client.")
         control = control_path(private_directory(), self._arguments)
         argv = [ssh, *self._arguments]
-        shared = [
-            "-o",
-            "ControlMaster=auto",
-            "-o",
-            f"ControlPersist={PERSIST}",
-            "-o",
-            f"ControlPath={_quoted(control)}",
-        ]
+        shared = ["-o", "ControlMaster=auto", "-o", f"ControlPersist={PERSIST}", "-o", f"ControlPath={_quoted(control)}"]
         was_there = bool(control) and os.path.exists(control)
         try:
             return self._greeted([ssh, *shared, *self._arguments] if control else argv)
