@@ -1420,8 +1420,8 @@ MUTATIONS = (
     _mutation(
         "a lease of the future holds nothing",
         "locks",
-        "if now - os.stat(",
-        "if 0 <= now - os.stat(",
+        "if now - os.stat(os.path.join(folder.locks_path, name)).st_mtime < LEASE_SECONDS:",
+        "if 0 <= now - os.stat(os.path.join(folder.locks_path, name)).st_mtime < LEASE_SECONDS:",
         "tests/unit/test_locks.py::test_lease_holds_for_an_hour_and_one_of_the_future_as_well",
     ),
     _mutation(
