@@ -502,7 +502,7 @@ MUTATIONS = (
     _mutation(
         "another cluster's directory is replaced",
         "restore",
-        "        if identifier != folder.chapter.system_identifier:\n",
+        "        if identifier != self._chapter.system_identifier:\n",
         "        if False:\n",
         f"{REFUSALS}::test_directory_of_another_cluster_is_refused",
     ),
