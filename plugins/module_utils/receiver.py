@@ -182,7 +182,12 @@ class Primary:
         argv += ["-d", self.conninfo(replication="true"), "-c", text]
         try:
             done = subprocess.run(
-                argv, env=self.environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False
+                argv,
+                env=self.environment(),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=timeout,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             raise PitrError(f"{self} did not answer within {timeout:g} seconds.") from None

@@ -55,9 +55,7 @@ class Control:
         self._lock = lock_path(self._folder)
         self._settings_path = settings_path(request.directory, request.cluster)
         self._passfile = os.path.join(os.path.dirname(self._settings_path), f"{request.cluster}.pgpass")
-        self.log_file = request.log_file or os.path.join(
-            os.path.dirname(self._settings_path), f"{request.cluster}.log"
-        )
+        self.log_file = request.log_file or os.path.join(os.path.dirname(self._settings_path), f"{request.cluster}.log")
 
     # --- looking
 
