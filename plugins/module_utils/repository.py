@@ -187,8 +187,8 @@ class ClusterFolder:
                 return chapter
         raise PitrError(
             f"{self.path} belongs to the cluster with system identifier {self.chapter.system_identifier},"
-            f" but this one is {system_identifier}. Nothing was written. Give this cluster a folder of its own; only if it"
-            " is the same cluster after pg_upgrade, open a new chapter for it (new_chapter of the module"
+            f" but this one is {system_identifier}. Nothing was written. Give this cluster a folder of its own; only if"
+            " it is the same cluster after pg_upgrade, open a new chapter for it (new_chapter of the module"
             " pgdrill.pitr.repository, repository_new_chapter of the role).",
             expected=self.chapter.system_identifier,
             found=system_identifier,
@@ -331,8 +331,8 @@ def _turn_to(folder: ClusterFolder, chapter: Chapter, new_chapter: bool) -> bool
         raise PitrError(
             f"{folder.path} has gone on from this cluster (chapter {known[0].number}, system identifier"
             f" {known[0].system_identifier}) to chapter {folder.chapter.number}; two clusters never write into one"
-            " folder. What was stored of it can be restored. To go on with it give it a folder of its own (another cluster"
-            " name). Nothing was changed."
+            " folder. What was stored of it can be restored. To go on with it give it a folder of its own (another"
+            " cluster name). Nothing was changed."
         )
     if not known and new_chapter:
         chapter.number = max(each.number for each in folder.chapters) + 1

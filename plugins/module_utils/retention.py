@@ -167,17 +167,36 @@ def why_not_restorable(backups: Sequence[Backup], index: ArchiveIndex, damaged: 
     return result
 
 
+def wal_timeline(backup: Backup, index: ArchiveIndex) -> int:
+    """The timeline along which a backup's WAL from start to stop is whole: its own, when none is.
+
+    A timeline that began in one of these segments has a copy of what its parent had in it until then, and the server
+    takes that one (XLogFileReadAnyTLI), so that a backup can be whole along it alone.
+    """
+    tree = index.tree
+    if _missing_along(backup.timeline, backup, index, 0):
+        for timeline in tree.histories:
+            if timeline != backup.timeline and tree.contains(timeline, backup.timeline, backup.stop_lsn):
+                if not _missing_along(timeline, backup, index, 0):
+                    return timeline
+    return backup.timeline
+
+
 def missing_wal(backup: Backup, index: ArchiveIndex, most: int = MAX_NAMED) -> list[str]:
     """Names of the segments from the backup's start to its stop that are not there, at most one more than ``most``.
 
     When the history file of its timeline is missing that is the one name.
     """
-    if backup.timeline != 1 and backup.timeline not in index.tree.histories:
-        return [history_name(backup.timeline)]
+    return _missing_along(wal_timeline(backup, index), backup, index, most)
+
+
+def _missing_along(timeline: int, backup: Backup, index: ArchiveIndex, most: int) -> list[str]:
+    if timeline != 1 and timeline not in index.tree.histories:
+        return [history_name(timeline)]
     size = index.segment_size
     until = backup.stop_lsn.previous_segment_number(size)
     names: list[str] = []
-    for span in spans_from(backup.start_lsn, index.tree, backup.timeline):
+    for span in spans_from(backup.start_lsn, index.tree, timeline):
         last = until if span.end is None else min(until, span.end.segment_number(size) - 1)
         for number in index.missing(span.timeline, span.begin.segment_number(size), last):
             names.append(index.name(span.timeline, number))

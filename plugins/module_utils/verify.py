@@ -31,7 +31,7 @@ from .index import ArchiveIndex
 from .plan import spans_from
 from .postgres import binary, binary_version, run
 from .repository import BACKUP_FILE, Chapter, ClusterFolder
-from .retention import missing_wal
+from .retention import missing_wal, wal_timeline
 from .wal import Lsn, SegmentHeader, WalFile
 
 STORED, CONTENT = LEVELS = ("stored", "content")
@@ -189,8 +189,9 @@ class Verification:
         count = 0
         locked = False
         with tempfile.TemporaryDirectory(prefix="pitr-verify-") as directory:
-            for span in spans_from(backup.start_lsn, self._index.tree, backup.timeline):
-                until = last if span.end is None else min(last, span.end.segment_number(size))
+            way = wal_timeline(backup, self._index)
+            for span in spans_from(backup.start_lsn, self._index.tree, way):
+                until = last if span.end is None else min(last, span.end.segment_number(size) - 1)
                 unpacked = []
                 for number in range(span.begin.segment_number(size), until + 1):
                     if not self._index.has(span.timeline, number):
@@ -204,9 +205,10 @@ class Verification:
                         damage.append(Damage(backup.label, path, problem))
                     elif not opaque:
                         unpacked.append(name)
-                end = backup.stop_lsn if span.end is None else min(backup.stop_lsn, span.end)
-                if level == CONTENT and not damage and not locked and unpacked and span.begin < end:
-                    problem = self._dump(directory, span.timeline, span.begin, end)
+                # A backup is taken on one timeline, so that there is a span before the last only in odd repositories.
+                readable = level == CONTENT and not damage and not locked and unpacked
+                if readable and span.end is None and span.begin < backup.stop_lsn:
+                    problem = self._dump(directory, span.timeline, span.begin, backup.stop_lsn)
                     if problem:
                         damage.append(Damage(backup.label, archive, problem))
                 for name in unpacked:

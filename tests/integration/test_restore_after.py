@@ -76,12 +76,12 @@ def test_restored_cluster_archives_nothing_until_it_is_accepted_and_then_everyth
 
 def test_clone_never_archives(sandbox: MakeSandbox, restored: Restore) -> None:
     primary = _lived(sandbox)
-    before = fingerprint(primary.repository)
+    before = fingerprint(primary.archive, primary.backups)
     cluster = restored(primary, archive_after="off").run()
     assert cluster.server.show("archive_mode") == "off"
     _write(cluster.server, "clone")
     time.sleep(0.5)
-    assert fingerprint(primary.repository) == before
+    assert fingerprint(primary.archive, primary.backups) == before
     assert not list((cluster.server.data / "pg_wal" / "archive_status").glob("*.ready"))
 
 

@@ -80,9 +80,9 @@ def branches(bin_dir: str, template: Path, tmp_path_factory: pytest.TempPathFact
     try:
         first.start()
         branches = Branches(sandbox, directory)
-        before = fingerprint(sandbox.repository)
+        before = fingerprint(sandbox.archive, sandbox.backups)
         yield branches
-        assert fingerprint(sandbox.repository) == before, "a test has written to what all share"
+        assert fingerprint(sandbox.archive, sandbox.backups) == before, "a test has written to what all share"
     finally:
         first.close()
         sandbox.server.close()

@@ -123,6 +123,8 @@ class Site:
             return [tuple(self.facts.values())]
         if sql.startswith("SELECT clock_timestamp(), pg_snapshot_xmax"):
             return [(EPOCH + datetime.timedelta(seconds=9), 750)]
+        if sql.startswith("SELECT timeline_id, pg_current_wal_lsn"):
+            return [(1, "0/200028")]
         if sql.startswith("SELECT p.phase"):
             return [(self.phase,)] if self.phase else []
         if sql.startswith("SELECT last_failed_wal"):

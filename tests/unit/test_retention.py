@@ -325,6 +325,9 @@ def worlds(draw: st.DrawFn) -> World:
         made = make_backup(
             f"b{number}", timeline, start * QUARTER, stop * QUARTER + 1, minute=world.minute(timeline, stop + 1)
         )
+        if any((each.timeline, each.stop_lsn) == (timeline, made.stop_lsn) for each in world.backups):
+            # Which one of two equals is chosen does not matter.
+            continue
         fulls = [each.label for each in world.backups if each.timeline == timeline and each.stop_lsn < made.start_lsn]
         if fulls and draw(st.integers(0, 2)) == 0:
             made = dataclasses.replace(made, type="incremental", parent=draw(st.sampled_from(fulls)))
