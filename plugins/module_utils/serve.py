@@ -273,7 +273,7 @@ def serve(access: str, cluster: str, repository: str, source: int = 0, target: i
     asked = os.environ.get("SSH_ORIGINAL_COMMAND", "")
     if asked != WORD:
         sys.stderr.write(
-            "pitr-wal serve: this key gives access to a repository of PostgreSQL backups, to pitr-wal and nothing else.\n"
+            "pitr-wal serve: this key gives pitr-wal access to a repository of PostgreSQL backups, and nothing else.\n"
         )
         return 1
     for number in (signal.SIGTERM, signal.SIGHUP):

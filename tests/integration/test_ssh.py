@@ -521,9 +521,7 @@ print(digest.hexdigest(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - b
 
 
 @pytest.mark.parametrize("size", [1, 40])
-def test_beginning_can_be_looked_at_and_skipped(
-    access: Access, reading: Callable[..., SshTree], size: int
-) -> None:
+def test_beginning_can_be_looked_at_and_skipped(access: Access, reading: Callable[..., SshTree], size: int) -> None:
     place, path = big(access, size)
     source = reading().open(f"{access.url()}/{place}")
     with open(path, "rb") as stream:
@@ -593,9 +591,7 @@ def test_session_that_the_server_has_ended_meanwhile_is_replaced(
     assert tree.stat(path).size > 0
 
 
-def test_forked_child_does_not_speak_into_its_parents_session(
-    access: Access, reading: Callable[..., SshTree]
-) -> None:
+def test_forked_child_does_not_speak_into_its_parents_session(access: Access, reading: Callable[..., SshTree]) -> None:
     tree = reading()
     path = f"{access.url()}/{CLUSTER}/cluster.json"
     content = tree.read(path)

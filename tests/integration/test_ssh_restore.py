@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A real server whose repository is on another host, behind a real sshd: archiving, the plan, the restore, the faults."""
+"""A real server whose repository is behind a real sshd: archiving, the plan, the restore, the faults."""
 
 from __future__ import annotations
 
@@ -125,9 +125,7 @@ def test_repository_host_that_is_gone_delays_archiving_and_loses_nothing(remote:
     primary.probe()
 
 
-def test_restore_with_a_wrong_key_is_refused_in_the_plan(
-    remote: tuple[Sandbox, Access], tmp_path: Path
-) -> None:
+def test_restore_with_a_wrong_key_is_refused_in_the_plan(remote: tuple[Sandbox, Access], tmp_path: Path) -> None:
     primary, access = remote
     primary.backup("b1")
     data = tmp_path / "restored"

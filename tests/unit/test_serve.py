@@ -434,9 +434,7 @@ def test_pipe_and_directory_are_not_files(talk: Callable[..., Talk], folder: Clu
 
 @pytest.mark.parametrize("do", ["remove", "rename", "write", "mkdir", "", None, ["open"]])
 @pytest.mark.parametrize("access", ["read", "write"])
-def test_there_are_no_other_requests(
-    talk: Callable[..., Talk], folder: ClusterFolder, access: str, do: Any
-) -> None:
+def test_there_are_no_other_requests(talk: Callable[..., Talk], folder: ClusterFolder, access: str, do: Any) -> None:
     before = tree(folder.repository)
     assert "is not known here" in refused(talk(access).ask(do, f"{CLUSTER}/cluster.json"))
     assert tree(folder.repository) == before

@@ -77,7 +77,9 @@ def ensure(layout: Layout, programs: Sequence[Program] = PROGRAMS) -> None:
     step(f"fetching {names} (once) …")
     try:
         # What was unpacked before makes room, so it comes along.
-        unpacked = [program for program in programs if layout.programs.parent in (find(layout, program) or Path()).parents]
+        unpacked = [
+            program for program in programs if layout.programs.parent in (find(layout, program) or Path()).parents
+        ]
         _unpack(layout, [*missing, *unpacked])
     except SandboxError as error:
         problem(f"tests that need {names} are skipped: {error}")
