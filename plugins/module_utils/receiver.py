@@ -591,6 +591,8 @@ class Receiver:
                 stdout=target,
                 stderr=target,
                 pass_fds=(self._stream_lock,),
+                # SIGPIPE stays ignored: when we are killed it goes on receiving, though nobody hears it any more.
+                restore_signals=False,
             )
         finally:
             os.close(target)

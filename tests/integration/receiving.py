@@ -77,7 +77,7 @@ class Receiving:
     def launch(self) -> Receiving:
         """Start, whatever comes of it."""
         self.control.start()
-        until(lambda: self.control.pid(), "the receiver's process")
+        until(self.control.pid, "the receiver's process")
         return self
 
     def stop(self) -> None:

@@ -415,7 +415,7 @@ def test_promoted_standby_that_lacks_the_newest_wal_is_followed_from_where_it_le
     unbroken(primary, 2)
     assert archive_info(primary.folder)["gaps"] == []
     # What only the receiver has of the old branch is kept.
-    until(lambda: (receiving.spool / "left" / received.name).exists(), "what was put aside")
+    until((receiving.spool / "left" / received.name).exists, "what was put aside")
     assert (receiving.spool / "left" / received.name).read_bytes() == old
     follower.stop()
     assert restored(primary).run().phase == "on the new timeline"
