@@ -68,6 +68,12 @@ class Context:
         return _number(self.settings, name, default)
 
 
+def check_numbers(settings: dict[str, Any]) -> None:
+    """Raises PitrError when one of the counts is none."""
+    _number(settings, "push_ahead", PUSH_AHEAD)
+    _number(settings, "prefetch", PREFETCH)
+
+
 def _number(settings: dict[str, Any], name: str, default: int) -> int:
     value = settings.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -623,7 +623,7 @@ def test_full_disk_under_age_is_told_and_leaves_nothing(tmp_path: Path, key: Key
         "from ansible_collections.pgdrill.pitr.plugins.module_utils import codec\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "codec.store(0, sys.argv[1], sys.argv[2], 1048576, [sys.argv[3]])\n"
+        "codec.Storing(0, sys.argv[1], sys.argv[2], 1048576, [sys.argv[3]]).finish()\n"
     )
     for compression in ("zstd", "gzip", "none"):
         os.lseek(source, 0, os.SEEK_SET)
@@ -639,7 +639,7 @@ def test_full_disk_under_age_is_told_and_leaves_nothing(tmp_path: Path, key: Key
 def test_source_that_cannot_be_read_ends_the_processes(tmp_path: Path, key: Key) -> None:
     source = os.open(tmp_path, os.O_RDONLY)
     with pytest.raises((OSError, PitrError)):
-        codec.store(source, str(tmp_path / "target"), "zstd", 0, [key.public])
+        codec.Storing(source, str(tmp_path / "target"), "zstd", 0, [key.public]).finish()
     os.close(source)
     assert not (tmp_path / "target").exists()
     assert age_processes() == []
