@@ -420,7 +420,7 @@ def test_file_that_is_no_wal_is_refused(site: Site, content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", bytes(40), b"2\t0/350000\n", gzip.compress(history((1, "0/350000")).encode())]
+    "content", [b"", bytes(40), b"2\t0/350000\n", gzip.compress(history((1, "0/350000")).encode(), mtime=0)]
 )
 def test_file_that_is_no_history_is_refused(site: Site, content: bytes) -> None:
     site.refuses_to_push(site.write("00000002.history", content), "is no timeline history file. Refused")
