@@ -236,7 +236,7 @@ class _Push:
             # that fails here, its own call will tell.
             with contextlib.suppress(PitrError, OSError):
                 while under_way or paths:
-                    if time.monotonic() > deadline or self._has_server and not os.path.exists("postmaster.pid"):
+                    if time.monotonic() > deadline or (self._has_server and not os.path.exists("postmaster.pid")):
                         paths.clear()
                     self._fill(under_way, paths, width, folder)
                     if under_way:

@@ -304,8 +304,8 @@ MUTATIONS = (
         "files are stored before the one that was asked for",
         "ahead",
         "            asked.finish()\n            done()\n",
-        "            done()\n            for item in under_way:\n                item.finish()\n            under_way.clear()\n"
-        "            asked.finish()\n",
+        "            done()\n            for item in under_way:\n                item.finish()\n"
+        "            under_way.clear()\n            asked.finish()\n",
         f"{AHEAD}::test_copy_of_a_cluster_leaves_nothing_behind_the_first_segment_that_differs[3-zstd]",
     ),
     _mutation(
