@@ -13,7 +13,7 @@ SANDBOX = exec "$$(command -v python3 || echo "$${PYTHON:-python3}")" tools/sand
 IN_VENV = $(SANDBOX) run --test --
 
 .DEFAULT_GOAL := help
-.PHONY: help setup drill test kill-test mutation lint sanity typecheck check-specs docs build install-check bench bench-archive stop clean ledger
+.PHONY: help setup drill test kill-test mutation lint sanity typecheck check-specs docs build install-check bench bench-archive bench-wal stop clean ledger
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,10 @@ bench: ## the drill's time beside that of the bare PostgreSQL commands
 
 bench-archive: ## archive_info and expire over a million segments: seconds and memory
 	@$(SANDBOX) run -- python benchmarks/archive_scan.py $(ARGS)
+
+bench-wal: ## push beside pgBackRest's, replay through get beside a local one; about ten minutes
+	@$(SANDBOX) run -- python benchmarks/archive_push.py $(ARGS)
+	@$(SANDBOX) run -- python benchmarks/archive_get.py --pg '$(PG)' $(ARGS)
 
 stop: ## stop the servers of the sandbox
 	@$(SANDBOX) stop

@@ -99,7 +99,7 @@ def measure(bin_dir: Path, home: Path, options: argparse.Namespace) -> None:
             seconds, usage = side.run()
             figures[side.name].append((seconds, usage))
             print(
-                f"round {number + 1}: {side.name:<6} redo {seconds:6.2f} s, from start to promotion {usage.wall:6.2f} s,"
+                f"round {number + 1}: {side.name:<6} redo {seconds:6.2f} s, start to promotion {usage.wall:6.2f} s,"
                 f" processors {usage.cpu:6.2f} s, load before it {load:.2f}",
                 flush=True,
             )

@@ -21,9 +21,10 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT / "tools"))
 sys.path.insert(0, str(CHECKOUT))
 
-from plugins.module_utils import archive, install, postgres, repository  # noqa: E402  the path is set above
-from sandboxlib import cli  # noqa: E402
+from sandboxlib import cli  # noqa: E402  the path is set above
 from sandboxlib import layout as layouts  # noqa: E402
+
+from plugins.module_utils import archive, install, postgres, repository  # noqa: E402
 
 SEGMENT = 16 * 1024 * 1024
 CLUSTER = "bench"

@@ -68,6 +68,12 @@ class Context:
         return _number(self.settings, name, default)
 
 
+def check_numbers(settings: dict[str, Any]) -> None:
+    """Raises PitrError when one of the counts is none."""
+    _number(settings, "push_ahead", PUSH_AHEAD)
+    _number(settings, "prefetch", PREFETCH)
+
+
 def _number(settings: dict[str, Any], name: str, default: int) -> int:
     value = settings.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -230,7 +236,7 @@ class _Push:
             # that fails here, its own call will tell.
             with contextlib.suppress(PitrError, OSError):
                 while under_way or paths:
-                    if time.monotonic() > deadline or self._has_server and not os.path.exists("postmaster.pid"):
+                    if time.monotonic() > deadline or (self._has_server and not os.path.exists("postmaster.pid")):
                         paths.clear()
                     self._fill(under_way, paths, width, folder)
                     if under_way:

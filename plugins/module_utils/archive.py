@@ -200,7 +200,10 @@ class Pushing:
             error.filename = error.filename or f"{self.path} to {self.stored}"
             raise
         except PitrError as error:
-            raise PitrError(f"{self.path} was not archived: {self.stored}: {error.message}") from None
+            # The same error, which may be of a kind of its own.
+            error.message = f"{self.path} was not archived: {self.stored}: {error.message}"
+            error.args = (error.message,)
+            raise
 
     def _check_history(self, wal_file: WalFile) -> None:
         """Not one that is none, such as a stored one, which is compressed, copied back by hand.

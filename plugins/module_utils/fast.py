@@ -33,8 +33,9 @@ LIFETIME = 3600
 _FIRST, _LAST = "pitr-note 1", "end"
 
 PUSHED, FETCHED, LOCK = ".pitr-push", ".pitr-get", "lock"
-# Seconds between two looks at a file that is being archived ahead, and until it is archived here, whatever it takes.
-LOOK_SECONDS = 0.003
+# Seconds between two looks at a file that is being archived ahead, at first and in the end, and until it is archived
+# here, whatever it takes.
+LOOK_SECONDS = (0.002, 0.02)
 PATIENCE = 60.0
 # What a note can be, or what is around it, that makes it worth nothing.
 ERRORS = (OSError, ValueError, KeyError)
@@ -258,13 +259,15 @@ def push(folder: str, cluster: str, path: str) -> bool:
         directory, name = pushed_spool(settings, cluster, path), os.path.basename(path)
         deadline = time.monotonic() + PATIENCE
         is_last_look = False
+        pause = LOOK_SECONDS[0]
         while not is_acknowledged(settings, cluster, path, directory):
             if is_last_look:
                 return False
             # It may have been acknowledged, and the process ended, between the two questions: then look once more.
             is_last_look = not _is_under_way(directory, name) or time.monotonic() > deadline
             if not is_last_look:
-                time.sleep(LOOK_SECONDS)
+                time.sleep(pause)
+                pause = min(1.4 * pause, LOOK_SECONDS[1])
         os.unlink(os.path.join(directory, name))
     except ERRORS:
         return False

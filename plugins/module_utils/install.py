@@ -15,6 +15,7 @@ import subprocess
 import sys
 from typing import Any
 
+from .ahead import check_numbers
 from .cli import ABSENT, LAUNCHER
 from .codec import parse
 from .errors import PitrError
@@ -83,6 +84,7 @@ def content(directory: str, cluster: str, settings: dict[str, Any], python: str)
     for name in ("ssh_writer_identity", "ssh_reader_identity"):
         # What ssh could not use is refused now, and not by the first segment.
         tree_for(settings["repository"], {**settings, "ssh_identity": settings.get(name, "")})
+    check_numbers(settings)
     library = os.path.join(directory, "lib")
     launcher = LAUNCHER.format(
         version=VERSION,

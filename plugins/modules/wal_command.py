@@ -66,6 +66,24 @@ options:
       - Seconds after which a repository host that gives no sign of life is given up, 1 to 3600.
     type: int
     default: 30
+  push_ahead:
+    description:
+      - Number of files that a call of C(pitr-wal push) archives beyond the one that it was asked for, when they are
+        ready. V(0) switches it off.
+      - Nothing is answered sooner than it is on stable storage, whatever the number.
+    type: int
+    default: 32
+  prefetch:
+    description:
+      - Number of segments that are fetched ahead during a recovery, into C(pg_wal/.pitr-get), and at most 256 MB (but
+        one segment at least). V(0) switches it off.
+    type: int
+    default: 8
+  spool:
+    description:
+      - Directory of the notes about files that were archived ahead. PostgreSQL's user must be able to write there; a
+        directory for each cluster is made in it, 0700. Without it, C(.pitr-push) in the cluster's C(pg_wal).
+    type: path
   python:
     description:
       - Interpreter that runs the command. Without it the one that runs this module, outside of its virtual environment.
@@ -142,6 +160,9 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "ssh_reader_identity": {"type": "path", "default": ""},
     "ssh_known_hosts": {"type": "path", "default": ""},
     "ssh_timeout": {"type": "int", "default": 30},
+    "push_ahead": {"type": "int", "default": 32},
+    "prefetch": {"type": "int", "default": 8},
+    "spool": {"type": "path"},
     "python": {"type": "path"},
 }
 
@@ -149,11 +170,13 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Install."""
     params = module.params
-    settings = {"repository": params["repository"], "compression": params["compression"]}
+    settings: dict[str, Any] = {name: params[name] for name in ("repository", "compression", "push_ahead", "prefetch")}
     if params["identity"]:
         settings["identity"] = os.path.abspath(params["identity"])
     if params["repository"].startswith("ssh://"):
         settings.update({name: str(params[name]) for name in ARGUMENT_SPEC if name.startswith("ssh_") and params[name]})
+    if params["spool"]:
+        settings["spool"] = os.path.abspath(params["spool"])
     written = install(params["directory"], params["cluster"], settings, params["python"] or "", module.check_mode)
     command = os.path.join(params["directory"], COMMAND)
     result: dict[str, Any] = {"changed": bool(written), "command": command, "written": written}

@@ -349,7 +349,9 @@ def test_nothing_stays_open_and_no_process_is_left(host: Host) -> None:
 
 
 @pytest.mark.usefixtures("settled")
-@pytest.mark.parametrize("name", ["plain", "with space", "qu'ote", 'double"quote', "back\\slash", "ümläut-数据", "100%"])
+@pytest.mark.parametrize(
+    "name", ["plain", "with space", "qu'ote", 'double"quote', "back\\slash", "ümläut-数据", "100%"]
+)
 def test_spool_may_be_any_directory_and_is_shared_by_clusters(host: Host, worked: list[str], name: str) -> None:
     spool = host.root / name
     host.configure(spool=str(spool))
@@ -579,7 +581,7 @@ REFUSED = [
 
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("happened", STALE, ids=lambda item: item.__name__)
-def test_stale_acknowledgement_never_makes_push_succeed_without_the_segment_in_the_archive(
+def test_stale_acknowledgement_is_worth_nothing(
     host: Host, worked: list[str], capsys: pytest.CaptureFixture[str], happened: Callable[[Host], None]
 ) -> None:
     host.fill(3, 4, 5)
