@@ -6,8 +6,8 @@
 
 ``make bench-archive``, or ``python benchmarks/archive_scan.py [--segments 1000000] [--segment-size 16]``. The archive
 is made of hard links to a few sparse files, below ``--directory`` (default: a temporary one), and removed afterwards.
-Each question is asked in a process of its own, so that its memory is its own. It exits with 1 when a question takes more
-than ``--seconds`` or ``--megabytes``.
+Each question is asked in a process of its own, so that its memory is its own. It exits with 1 when a question takes
+more than ``--seconds`` or ``--megabytes``.
 """
 
 from __future__ import annotations

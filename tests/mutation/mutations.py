@@ -1726,8 +1726,10 @@ MUTATIONS = (
     _mutation(
         "a writer lists directories",
         "serve",
-        '            if self._writes:\n                raise PitrError("The key of this connection only adds WAL; it may not list',
-        '            if False:\n                raise PitrError("The key of this connection only adds WAL; it may not list',
+        '            if self._writes:\n                raise PitrError("The key of this connection only adds WAL;'
+        " it may not list",
+        '            if False:\n                raise PitrError("The key of this connection only adds WAL;'
+        " it may not list",
         "tests/unit/test_serve.py::test_writer_may_not_list",
     ),
     _mutation(
