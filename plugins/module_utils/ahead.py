@@ -212,9 +212,7 @@ class _Push:
     def missing(self, paths: list[str]) -> list[str]:
         """Those of them that no note acknowledges."""
         context = self.context
-        return [
-            path for path in paths if not fast.is_acknowledged(context.raw, context.cluster, path, self.directory)
-        ]
+        return [path for path in paths if not fast.is_acknowledged(context.raw, context.cluster, path, self.directory)]
 
     def run(self, paths: list[str], done: Callable[[], None]) -> None:
         """Archive the file, call ``done``, then archive ``paths``.

@@ -280,9 +280,7 @@ def fetched_facts(settings: bytes, cluster: str, options: dict[str, str], name: 
     return {**source_facts(settings, cluster, name, descriptor), "options": encoded(asked)}
 
 
-def _fits(
-    settings: bytes, cluster: str, options: dict[str, str], name: str, directory: str, descriptor: int
-) -> bool:
+def _fits(settings: bytes, cluster: str, options: dict[str, str], name: str, directory: str, descriptor: int) -> bool:
     """Whether a note proves that this open file is the whole, checked segment ``name`` of that cluster."""
     found = read_note(os.path.join(directory, f"{name}.note"))
     if found is None:

@@ -259,7 +259,7 @@ MUTATIONS = (
         "a note may be about any stored file",
         "fast",
         'if not stored.startswith(os.path.join(repository, cluster, "archive", "")) or'
-        ' os.path.basename(stored) != name:',
+        " os.path.basename(stored) != name:",
         "if False:",
         f"{AHEAD}::test_stale_acknowledgement_is_worth_nothing[_note_of_another_stored_file]",
         f"{AHEAD}::test_stale_acknowledgement_is_worth_nothing[_note_of_a_file_outside]",
