@@ -370,6 +370,7 @@ class Receiver:
         self._stream_lock = -1
         self._ending = False
         self._wake = -1
+        self._unfinished = b""
         self._archived: set[str] = set()
         # Name to (when to try again, what was wrong).
         self._waiting: dict[str, tuple[float, str]] = {}
@@ -513,7 +514,7 @@ class Receiver:
                 f"{self._primary} is on timeline {facts.timeline}, and timeline {here.timeline} was received already:"
                 " it is an old primary, or a standby that does not follow. Refused; nothing was received."
             )
-        slot = self._ensure_slot(here)
+        self._ensure_slot(here)
         if here is None:
             return
         start = here
@@ -522,7 +523,7 @@ class Receiver:
             theirs = ancestry(facts.timeline, self._primary.history(facts.timeline))
             start = next_start(here, ours, theirs, place.size)
         if self._removed and self._removed == segment_name(start.timeline, start.number, place.size):
-            start = self._jump(place, start, slot)
+            start = self._jump(place, start)
         self._removed = ""
         if start == here and not in_front(files, start):
             return
@@ -559,8 +560,14 @@ class Receiver:
             raise PitrError(f"{self._primary} made the replication slot {name}, but it keeps no WAL.")
         return slot
 
-    def _jump(self, place: _Place, start: Start, slot: tuple[str, int]) -> Start:
-        """The server has said that it has removed the segment we want: go on with what the slot keeps, and say so."""
+    def _jump(self, place: _Place, start: Start) -> Start:
+        """The server has said that it has removed the segment we want: go on with the oldest it keeps, and say so.
+
+        By asking for that segment we have told the slot we are there (PhysicalConfirmReceivedLocation moves it back
+        as well), so that only a new slot tells what is kept.
+        """
+        self._primary.drop_slot()
+        slot = self._ensure_slot(None)
         number = Lsn.parse(slot[0]).segment_number(place.size)
         if number <= start.number:
             return start
@@ -605,7 +612,7 @@ class Receiver:
                 self._look(place, facts)
                 self._sleep(TICK, source)
             self._end_process()
-            self._listen_to(source, said)
+            self._listen_to(source, said, final=True)
         finally:
             self._end_process()
             os.close(source)
@@ -621,19 +628,26 @@ class Receiver:
                 self._removed = wanted
         raise PitrError(f"pg_receivewal ended with exit code {self._process.returncode}: {text[-1000:] or 'no word'}")
 
-    def _listen_to(self, source: int, said: list[str]) -> None:
-        """Read what pg_receivewal says; errors are kept, everything goes to the log."""
+    def _listen_to(self, source: int, said: list[str], final: bool = False) -> None:
+        """Read what pg_receivewal says; errors are kept, everything goes to the log.
+
+        It writes a line in pieces, so one that is not whole waits for the rest unless this is the ``final`` look.
+        """
         with contextlib.suppress(BlockingIOError):
             while True:
                 data = os.read(source, 65536)
                 if not data:
                     break
-                for line in data.decode(errors="replace").splitlines():
-                    text = _PREFIX.sub("", line).strip()
-                    if text:
-                        say(f"pg_receivewal: {text}")
-                        if "error:" in line or "fatal:" in line or not line.startswith("pg_receivewal"):
-                            said.append(text)
+                self._unfinished += data
+        lines = self._unfinished.split(b"\n")
+        self._unfinished = b"" if final else lines.pop()
+        for raw in lines:
+            line = raw.decode(errors="replace")
+            text = _PREFIX.sub("", line).strip()
+            if text:
+                say(f"pg_receivewal: {text}")
+                if "error:" in line or "fatal:" in line or not line.startswith("pg_receivewal"):
+                    said.append(text)
 
     def _end_process(self) -> None:
         """SIGINT, upon which pg_receivewal flushes what it has and ends (15 knows no other), then SIGKILL."""

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -22,6 +23,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrErr
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import archive_info
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import query
 from ansible_collections.pgdrill.pitr.plugins.module_utils.receiver_control import Control
+from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import Lsn
 from ansible_collections.pgdrill.pitr.tests.integration.receiving import (
     APPLICATION,
     SLOT,
@@ -479,6 +481,42 @@ def test_invalidated_slot_is_told_by_name_and_the_gap_is_told(sandbox: MakeSandb
     (gap,) = archive_info(primary.folder)["gaps"]
     assert int(gap["first"], 16) == int(last, 16) + 1
     assert status["not_received"] == f"{gap['first']} to {gap['last']}"
+
+
+def test_gap_is_told_though_the_slot_was_moved_back(sandbox: MakeSandbox, receiver: MakeReceiver) -> None:
+    """A receiver's word moves a slot back as well: to WAL that the server has removed."""
+    primary = sandbox(settings={**ALONE, "max_wal_size": "2MB"})
+    receiving = receiver(primary).start()
+    primary.fill(2)
+    receiving.wait_for(primary.server)
+    receiving.stop()
+    assert receiving.partial is not None
+    first = receiving.partial.name[:24]
+    primary.server.sql("SELECT pg_drop_replication_slot(%s)", SLOT)
+    primary.fill(12)
+    primary.server.sql("CHECKPOINT")
+    primary.server.sql("SELECT pg_create_physical_replication_slot(%s, true)", SLOT)
+    # What pg_receivewal does first: it tells where it is. The server's answer, that this is gone, may come later.
+    lsn = Lsn(int(first[16:], 16) * SEGMENT_SIZE)
+    _confirm(primary.server, lsn)
+    assert primary.server.value("SELECT restart_lsn::text FROM pg_replication_slots") == str(lsn)
+    receiving.launch()
+    until(lambda: receiving.status.get("state") == "streaming", "a new beginning")
+    primary.fill(1)
+    receiving.wait_for(primary.server)
+    (gap,) = archive_info(primary.folder)["gaps"]
+    assert gap["first"] == first
+    assert receiving.status["not_received"] == f"{gap['first']} to {gap['last']}"
+
+
+def _confirm(server: Server, lsn: Lsn) -> None:
+    """Receive by the slot from where the server stands, and tell it that everything before ``lsn`` was flushed."""
+    with contextlib.closing(server.login.connect(replication=True)) as connection, connection.cursor() as cursor:
+        now = server.value("SELECT pg_current_wal_flush_lsn()::text")
+        cursor.start_replication(slot_name=SLOT, start_lsn=now, decode=False)
+        cursor.send_feedback(write_lsn=int(lsn), flush_lsn=int(lsn), force=True)
+        moved = "SELECT restart_lsn = %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s"
+        until(lambda: server.value(moved, str(lsn), SLOT), "the slot's move")
 
 
 def test_lost_slot_hides_no_hole_that_archive_command_fills(

@@ -1145,6 +1145,13 @@ MUTATIONS = (
         f"{RECEIVER}::test_received_segments_are_the_servers_own",
     ),
     _mutation(
+        "the slot is believed after it was asked for what is gone",
+        "receiver",
+        "        self._primary.drop_slot()\n        slot = self._ensure_slot(None)\n",
+        "        slot = self._primary.slot()\n        assert slot is not None\n",
+        f"{RECEIVER}::test_gap_is_told_though_the_slot_was_moved_back",
+    ),
+    _mutation(
         "a gap behind a lost slot is not told",
         "receiver",
         "self._tell(not_received=missing, not_received_at=_now())",
