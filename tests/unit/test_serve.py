@@ -411,7 +411,8 @@ def test_reader_adds_nothing(talk: Callable[..., Talk], folder: ClusterFolder) -
 )  # fmt: skip
 @pytest.mark.parametrize("do", ["open", "stat", "names"])
 def test_neither_key_reaches_beyond_its_cluster(talk: Callable[..., Talk], access: str, place: str, do: str) -> None:
-    assert "may not name" in refused(talk(access).ask(do, place))
+    says = "may not list" if (access, do) == ("write", "names") else "may not name"
+    assert says in refused(talk(access).ask(do, place))
 
 
 @pytest.mark.parametrize("do", ["open", "stat", "names"])
