@@ -197,8 +197,8 @@ class Server:
         encrypted = codec.is_stored_encrypted(path)
         expected = bool(self._folder.recipients) and wal_file.kind != "history"
         if encrypted != expected:
-            what = "is encrypted, but this one" if encrypted else "is not encrypted, and files of this cluster"
-            raise PitrError(f"{path} {what} {'is not' if encrypted else 'are'}. Refused; nothing was changed.")
+            what = "is encrypted, and this cluster is not" if encrypted else "is not encrypted, and this cluster is"
+            raise PitrError(f"{path} {what}. Refused; nothing was changed.")
         return encrypted
 
     def _check_encrypted(self, path: str, wal_file: WalFile, chapter: Chapter) -> None:
