@@ -69,7 +69,7 @@ chapter:
     opened_at: "2026-03-01T12:00:00+00:00"
 timelines:
   description:
-    - Every timeline, where it came from (V(null) for RV(timelines[].history) when its history file is missing), and the
+    - Every timeline, where it came from (V(null) for C(timelines[].history) when its history file is missing), and the
       unbroken ranges of its segments, the newest 100.
   returned: success
   type: list
@@ -85,7 +85,7 @@ timelines:
       ranges: [["000000020000000000000007", "00000002000000000000000D"]]
 gaps:
   description:
-    - Segments missing with WAL before and after them, at most 100 runs. RV(gaps[].names) has the missing names, the
+    - Segments missing with WAL before and after them, at most 100 runs. C(gaps[].names) has the missing names, the
       first 100 of all runs.
   returned: success
   type: list

@@ -40,7 +40,7 @@ EXAMPLES = r"""
 RETURN = r"""
 backups:
   description:
-    - Complete backups of all chapters, oldest first, with RV(backups[].chapter) (its number) and RV(backups[].keep),
+    - Complete backups of all chapters, oldest first, with C(backups[].chapter) (its number) and C(backups[].keep),
       the reason of its keep mark or V(null).
   returned: success
   type: list

@@ -42,7 +42,7 @@ options:
         is there. It needs no key.
       - V(content) also decompresses everything, compares every file with the checksum in the manifest, and reads the
         WAL with C(pg_waldump).
-      - RV(verified[].level) tells what was reached. Without a key for what is encrypted that is V(stored).
+      - C(verified[].level) tells what was reached. Without a key for what is encrypted that is V(stored).
     type: str
     choices: [stored, content]
     default: content
@@ -71,7 +71,7 @@ EXAMPLES = r"""
 RETURN = r"""
 verified:
   description:
-    - What was looked at, whether it is whole, and at which level. RV(verified[].notes) tells why not at a higher one.
+    - What was looked at, whether it is whole, and at which level. C(verified[].notes) tells why not at a higher one.
   returned: always
   type: list
   elements: dict

@@ -185,6 +185,33 @@ def test_site_is_honest_in_check_mode_and_changes_nothing_the_second_time(fresh:
     assert len(list(fresh.repository.glob("main/backups/*/backup.json"))) == 2
 
 
+def test_retention_after_a_backup_only_with_a_policy_and_every_backup_is_verified(fresh: Site) -> None:
+    def labels() -> list[str]:
+        return sorted(path.parent.name for path in fresh.repository.glob("main/backups/*/backup.json"))
+
+    fresh.succeed("site")
+    fresh.succeed("backup")
+    fresh.succeed("verify", backup_to_verify="all")
+    before = fingerprint(fresh.repository)
+    # Without a policy nothing goes, and in check mode nothing either.
+    assert not _changed(fresh.succeed("expire")).get("repository")
+    shown = fresh.succeed("expire", "--check", "--diff", backup_keep_full=1)
+    assert f"-backup {labels()[0]}" in shown and f"-backup {labels()[1]}" not in shown
+    assert {name: at for name, at in fingerprint(fresh.repository).items() if "/locks" not in name} == {
+        name: at for name, at in before.items() if "/locks" not in name
+    }
+    older = labels()
+    fresh.succeed("backup", backup_keep_full=1, backup_recovery_window="1 min")
+    # Those of the last minute are within the window.
+    assert labels()[:2] == older
+    fresh.succeed("backup", backup_keep_full=1)
+    assert len(labels()) == 1 and labels()[0] not in older
+    assert not any(_changed(fresh.succeed("expire", backup_keep_full=1)).values())
+    fresh.succeed("verify")
+    assert "Write it with units" in fresh.fail("expire", backup_recovery_window="7")
+    assert "missing_for_backups" in fresh.succeed("status")
+
+
 def test_nothing_is_destroyed_without_the_right_word(site: Site, tmp_path: Path) -> None:
     identity, files = site.identity, fingerprint(site.repository)
     for confirmation in ("wrong", ""):

@@ -1933,4 +1933,13 @@ MUTATIONS = (
         "        if False:\n",
         "tests/integration/test_ssh.py::test_forked_child_does_not_speak_into_its_parents_session",
     ),
+    _mutation(
+        "a writer's key holds leases",
+        "serve",
+        '''            if self._writes:
+                raise PitrError("The key of this connection only adds WAL; it holds no lease.")
+''',
+        "",
+        "tests/unit/test_serve.py::test_reader_renews_the_leases_of_its_recoveries_and_nothing_else",
+    ),
 )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.pgdrill.pitr.plugins.module_utils import locks
 from ansible_collections.pgdrill.pitr.plugins.module_utils import serve as serving
 from ansible_collections.pgdrill.pitr.plugins.module_utils.encryption import Header, recipients_id
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
@@ -401,6 +402,27 @@ def test_reader_adds_nothing(talk: Callable[..., Talk], folder: ClusterFolder) -
     assert "only reads" in refused(reader.add(FIRST, segment(1, 5)))
     assert "only reads" in refused(reader.ask("settle", FIRST))
     assert tree(folder.repository) == before
+
+
+def test_reader_renews_the_leases_of_its_recoveries_and_nothing_else(
+    talk: Callable[..., Talk], folder: ClusterFolder
+) -> None:
+    before = tree(folder.repository)
+    reader = talk("read")
+    places = ["backups/b1/backup.json", "cluster.json", "locks/expire", "locks/lease-b1", "locks/lease-/x-01234567"]
+    places += ["archive/lease-b1-01234567", "locks/deeper/lease-b1-01234567"]
+    for place in places:
+        refused(reader.ask("lease", f"{CLUSTER}/{place}"))
+    refused(reader.ask("lease", "other/locks/lease-b1-01234567"))
+    lease = f"{CLUSTER}/locks/lease-b1-01234567"
+    assert "holds no lease" in refused(talk("write").ask("lease", lease))
+    assert tree(folder.repository) == before
+    path = Path(folder.repository, lease)
+    for _time in range(2):
+        assert reader.ask("lease", lease) == (ANSWER, {})
+        assert path.read_bytes() == b"" and "b1" in locks.leases(folder)
+        os.utime(path, (1, 1))
+        assert locks.leases(folder) == {}
 
 
 @pytest.mark.parametrize("access", ["read", "write"])
