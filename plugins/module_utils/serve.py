@@ -239,10 +239,9 @@ class Server:
             return None
 
 
-def _failure(error: Exception) -> dict[str, object]:
+def _failure(error: PitrError | OSError) -> dict[str, object]:
     if isinstance(error, PitrError):
         return {"kind": "refused", "message": error.message}
-    assert isinstance(error, OSError)
     if isinstance(error, (FileNotFoundError, FileExistsError)):
         return {"kind": "absent" if isinstance(error, FileNotFoundError) else "exists"}
     return {"kind": "error", "errno": error.errno or errno.EIO}

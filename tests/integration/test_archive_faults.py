@@ -434,7 +434,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "flipped bit": _middle,
     "no trailer": _no_trailer,
     "more bytes": _more,
-    "half": lambda path: cut(path),
+    "half": cut,
     "three bytes": lambda path: os.truncate(path, 3),
     "zero length": lambda path: cut(path, 0),
 }

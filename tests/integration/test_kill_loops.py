@@ -255,7 +255,8 @@ def _receiver(_name: str, field: Field) -> bool:
     members = [*([pid] if pid else []), *receiver.streams]
     if len(members) > 1 and field.chance.random() < 0.5:
         members = [field.chance.choice(members)]
-    return any([_strike(one) for one in members])
+    struck = [_strike(one) for one in members]
+    return any(struck)
 
 
 @dataclass(frozen=True)

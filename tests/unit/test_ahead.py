@@ -1014,7 +1014,7 @@ def test_recovery_that_goes_on_elsewhere_is_followed(fetched: Fetched) -> None:
     assert fetched.get(3).returncode == 0
     until(lambda: fetched.has(6), "all of timeline 1 ahead")
     assert fetched.get(4, timeline=2).returncode == 0
-    until(lambda: (fetched.spool / f"{wal_name(2, 6)}.note").exists(), "timeline 2 ahead")
+    until((fetched.spool / f"{wal_name(2, 6)}.note").exists, "timeline 2 ahead")
     assert not fetched.has(6)
     assert fetched.get(5, timeline=2).returncode == 0
     assert (fetched.pg_wal / "RECOVERYXLOG").read_bytes() == segment(2, 5)
