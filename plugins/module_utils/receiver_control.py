@@ -32,6 +32,9 @@ from .recovery import log_tail
 from .repository import ClusterFolder, write_atomic
 from .tree import fsync_directory
 
+# Seconds for a killed process to let go of its files.
+DYING_SECONDS = 3.0
+
 
 @dataclass(frozen=True)
 class Request:
@@ -66,14 +69,19 @@ class Control:
         """
         if not os.path.exists(self._lock):
             return 0
-        found = holders(self._lock)
-        if found:
-            return found[0]
-        lock = try_lock(self._lock)
-        if lock is None:
+        lock = None
+        deadline = time.monotonic() + DYING_SECONDS
+        while lock is None:
             found = holders(self._lock)
             if found:
                 return found[0]
+            lock = try_lock(self._lock)
+            if lock is not None:
+                break
+            if time.monotonic() < deadline:
+                # A process that is ending shows no open files any more, and has not let go of them yet.
+                time.sleep(0.02)
+                continue
             where = read_status(self._folder).get("host") or "another host"
             raise PitrError(
                 f"A receiver of the cluster '{self._request.cluster}' runs as another user or on {where}."

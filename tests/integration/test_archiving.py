@@ -304,7 +304,8 @@ def test_archive_info_lists_holes_and_strange_files(history: History, tmp_path: 
         path.unlink()
     (segments[0].parent / "notes.txt").touch()
     info = archive_info(storage.folder)
-    assert info["gaps"] == [{"timeline": 1, "segments": 2, "first": segments[3].name, "last": segments[4].name}]
+    names = [segments[3].name, segments[4].name]
+    assert info["gaps"] == [{"timeline": 1, "segments": 2, "first": names[0], "last": names[1], "names": names}]
     assert info["timelines"][0]["ranges"] == [
         [segments[0].name, segments[2].name],
         [segments[5].name, segments[-1].name],

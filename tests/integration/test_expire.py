@@ -43,8 +43,11 @@ KEEP_ONE = Policy(keep_full=1)
 
 @pytest.fixture
 def own(history: History, tmp_path: Path) -> Storage:
-    """A copy of the shared repository to expire."""
-    return history.storage.copy(tmp_path / "own")
+    """A copy of the shared repository to expire, without the claims of other tests' recoveries."""
+    storage = history.storage.copy(tmp_path / "own")
+    for lease in Path(storage.folder.locks_path).glob("lease-*"):
+        lease.unlink()
+    return storage
 
 
 def labels(storage: Storage) -> list[str]:

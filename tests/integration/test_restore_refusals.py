@@ -183,7 +183,7 @@ def test_damaged_description_of_a_backup_is_named(broken: Storage, nowhere: Path
     changed = {
         "not JSON": text[: len(text) // 2],
         "a field is missing": text.replace('"stop_lsn"', '"stopp_lsn"'),
-        "a newer format": text.replace('"format": 1', '"format": 2'),
+        "a newer format": text.replace('"format": 1', '"format": 99'),
     }[damage]
     path.write_text(changed, encoding="utf-8")
     before = fingerprint(nowhere.parent, broken.repository)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.pgdrill.pitr.plugins.module_utils import codec
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import archive_info, backup_info
 from ansible_collections.pgdrill.pitr.plugins.module_utils.plan import RefusedError
 from ansible_collections.pgdrill.pitr.tests.integration.support import (
@@ -218,7 +219,8 @@ def test_recovery_that_ends_before_its_timeline_began_leaves_an_archive_that_can
         three.recovery.accept()
         sandbox.server = three.server
         until((sandbox.archive / "00000003.history").exists, "the history file in the archive")
-        text = (sandbox.archive / "00000003.history").read_text(encoding="utf-8")
+        with codec.open_reader(str(sandbox.archive / "00000003.history")) as reader:
+            text = reader.read().decode()
         assert [line.split()[1] for line in text.splitlines() if line] == [str(late.end), str(early.end)]
         sandbox.commit("after early")
         sandbox.probe()

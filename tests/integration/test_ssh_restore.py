@@ -90,7 +90,8 @@ def test_modules_see_over_ssh_what_they_see_in_the_directory(remote: tuple[Sandb
     far_away = open_cluster({"repository": access.url(), "cluster": CLUSTER, **access.ssh()})
     here = primary.folder
     assert backup_info(far_away) == backup_info(here)
-    assert archive_info(far_away, primary.bin_dir) == archive_info(here, primary.bin_dir)
+    # How large a million files are is not asked for over a network.
+    assert archive_info(far_away, primary.bin_dir) == archive_info(here, primary.bin_dir, sizes=False)
 
 
 def test_repository_host_that_is_gone_ends_recovery_without_promotion_and_it_goes_on_later(

@@ -99,12 +99,13 @@ def test_failed_restore_leaves_the_tablespaces_place_empty(sandbox: MakeSandbox,
     stored = next(path for path in (primary.backups / "only").iterdir() if path.name[0].isdigit())
     flip(stored, stored.stat().st_size // 2)
     target.mkdir()
-    before = fingerprint(tmp_path / "sandbox0", original, target)
+    places = (primary.server.data, primary.archive, primary.backups, original, target)
+    before = fingerprint(*places)
     engine = Engine(primary.request(tmp_path / "new", tablespace_mapping={str(original): str(target)}))
     plan = engine.plan()
     with pytest.raises(PitrError, match=stored.name):
         engine.execute(plan)
-    assert fingerprint(tmp_path / "sandbox0", original, target) == before
+    assert fingerprint(*places) == before
     assert not (tmp_path / "new").exists()
 
 

@@ -1936,9 +1936,9 @@ MUTATIONS = (
     _mutation(
         "a writer's key holds leases",
         "serve",
-        '''            if self._writes:
+        """            if self._writes:
                 raise PitrError("The key of this connection only adds WAL; it holds no lease.")
-''',
+""",
         "",
         "tests/unit/test_serve.py::test_reader_renews_the_leases_of_its_recoveries_and_nothing_else",
     ),
