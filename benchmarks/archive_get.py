@@ -34,6 +34,7 @@ class Replay:
         self._command = restore_command
         self._is_local = is_local
         self._data = cluster.home / f"replay-{name}"
+        self.busy = 0.0
 
     def run(self) -> tuple[float, Usage]:
         """Seconds of redo, and what all processes used."""
@@ -66,6 +67,7 @@ class Replay:
         found = DONE.search(text)
         if found is None:
             raise Failed(f"the log of {self.name} does not tell how long redo took:\n{text[-2000:]}")
+        self.busy = float(found.group(1)) + float(found.group(2))
         return float(found.group(3)), usage
 
     def _check(self, text: str) -> None:
@@ -99,8 +101,8 @@ def measure(bin_dir: Path, home: Path, options: argparse.Namespace) -> None:
             seconds, usage = side.run()
             figures[side.name].append((seconds, usage))
             print(
-                f"round {number + 1}: {side.name:<6} redo {seconds:6.2f} s, start to promotion {usage.wall:6.2f} s,"
-                f" processors {usage.cpu:6.2f} s, load before it {load:.2f}",
+                f"round {number + 1}: {side.name:<6} redo {seconds:6.2f} s, of them at work {side.busy:6.2f} s,"
+                f" start to promotion {usage.wall:6.2f} s, all processors {usage.cpu:6.2f} s, load before it {load:.2f}",
                 flush=True,
             )
     medians = {name: statistics.median(seconds for seconds, _usage in items) for name, items in figures.items()}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import resource
 import shutil
@@ -24,10 +25,11 @@ sys.path.insert(0, str(CHECKOUT))
 from sandboxlib import cli  # noqa: E402  the path is set above
 from sandboxlib import layout as layouts  # noqa: E402
 
-from plugins.module_utils import archive, install, postgres, repository  # noqa: E402
+from plugins.module_utils import archive, postgres, repository  # noqa: E402
 
 SEGMENT = 16 * 1024 * 1024
 CLUSTER = "bench"
+ENGINE = "pgdrill_engine"
 PORT = 20998
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -164,6 +166,9 @@ class Cluster:
     def install(self, directory: Path, path: Path, **settings: object) -> str:
         """The command pitr-wal for that repository; its path."""
         values = {"repository": str(path), "compression": "zstd:1", **settings}
+        shutil.rmtree(directory, ignore_errors=True)
+        # From a copy: this user may not be allowed to read the checkout.
+        install = importlib.import_module(f"{ENGINE}.install")
         install.install(str(directory), CLUSTER, values)
         return str(directory / install.COMMAND)
 
@@ -195,6 +200,10 @@ def as_server_user(major: int, measure: Callable[[Path, Path], None], kept: Path
         kept.mkdir(mode=0o700, exist_ok=True)
     home = kept or Path(tempfile.mkdtemp(prefix="pgdrill-bench-", dir="/var/tmp"))
     base.account.own(home)
+    shutil.rmtree(home / "engine", ignore_errors=True)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(CHECKOUT / "plugins" / "module_utils", home / "engine" / ENGINE, ignore=ignored)
+    run(["chmod", "-R", "a+rX", home / "engine"])
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -206,6 +215,7 @@ def as_server_user(major: int, measure: Callable[[Path, Path], None], kept: Path
             if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
                 raise Failed("prctl(PR_SET_CHILD_SUBREAPER) failed")
             os.chdir(home)
+            sys.path.insert(0, str(home / "engine"))
             measure(base.bin_dir(major), home)
             code = 0
         except Failed as error:

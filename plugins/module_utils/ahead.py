@@ -376,6 +376,8 @@ def fetch_ahead(folder: str, cluster: str, options: dict[str, str], name: str, d
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
     os.closerange(3, 1024)
+    # The recovery, which one processor has to itself at best, goes first.
+    os.nice(5)
     lock = os.open(os.path.join(directory, fast.LOCK), os.O_RDWR)
     try:
         os.lockf(lock, os.F_TLOCK, 0)

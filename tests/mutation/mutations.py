@@ -234,7 +234,7 @@ MUTATIONS = (
     _mutation(
         "the chapter is not looked at",
         "fast",
-        '"folder": look(os.path.join(repository, cluster, "cluster.json")),',
+        '"folder": look(_join(repository, cluster, "cluster.json")),',
         '"folder": "",',
         f"{AHEAD}::test_stale_acknowledgement_is_worth_nothing[_new_chapter]",
         f"{AHEAD}::test_doubtful_fetched_segment_is_not_delivered_but_fetched_anew[_new_chapter]",
@@ -242,7 +242,7 @@ MUTATIONS = (
     _mutation(
         "the marker is not looked at",
         "fast",
-        '"marker": look(os.path.join(repository, "pitr-repository.json")),',
+        '"marker": look(_join(repository, "pitr-repository.json")),',
         '"marker": "",',
         f"{AHEAD}::test_stale_acknowledgement_is_worth_nothing[_marker_removed]",
         f"{AHEAD}::test_doubtful_fetched_segment_is_not_delivered_but_fetched_anew[_marker_removed]",
@@ -258,8 +258,8 @@ MUTATIONS = (
     _mutation(
         "a note may be about any stored file",
         "fast",
-        'if not stored.startswith(os.path.join(repository, cluster, "archive", "")) or'
-        " os.path.basename(stored) != name:",
+        'if not stored.startswith(_join(repository, cluster, "archive", "")) or'
+        " _name(stored) != name:",
         "if False:",
         f"{AHEAD}::test_stale_acknowledgement_is_worth_nothing[_note_of_another_stored_file]",
         f"{AHEAD}::test_stale_acknowledgement_is_worth_nothing[_note_of_a_file_outside]",
