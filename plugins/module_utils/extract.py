@@ -7,10 +7,13 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import tarfile
 import tempfile
+import threading
 from collections.abc import Callable
+from types import TracebackType
 
 from . import codec
 from .backup import MANIFEST, open_tar, sha256
@@ -35,12 +38,78 @@ def _safe(root: str, name: str, where: str) -> str:
     return os.path.join(root, *[part for part in parts if part not in ("", ".")])
 
 
+class _Hands:
+    """Creates small files beside the reading of the tar.
+
+    A data directory has a thousand files and more that are a few pages long, and creating one costs the kernel more
+    than writing it. It does that for one file of a directory at a time, so that each directory belongs to one thread.
+    Leaving the block waits for all of them and raises what the first failure was.
+    """
+
+    SMALL = 64 * 1024  # bytes
+    WAITING = 512  # files of one thread: with SMALL what memory may hold
+
+    def __init__(self) -> None:
+        self._failure: BaseException | None = None
+        self._owners: dict[str, int] = {}
+        count = min(4, os.cpu_count() or 1)
+        self._queues: list[queue.Queue[tuple[str, int, bytes] | None]] = [
+            queue.Queue(self.WAITING) for _number in range(count)
+        ]
+        self._threads = [threading.Thread(target=self._work, args=(each,), daemon=True) for each in self._queues]
+
+    def __enter__(self) -> _Hands:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._failure is None:
+            self._failure = error
+        for each in self._queues:
+            each.put(None)
+        for thread in self._threads:
+            thread.join()
+        if error is None:
+            self.check()
+
+    def check(self) -> None:
+        """Raise what a thread has failed with."""
+        if self._failure is not None:
+            raise self._failure
+
+    def create(self, target: str, mode: int, content: bytes) -> None:
+        """Create this file with this content, soon."""
+        self.check()
+        owner = self._owners.setdefault(os.path.dirname(target), len(self._owners) % len(self._queues))
+        self._queues[owner].put((target, mode, content))
+
+    def _work(self, waiting: queue.Queue[tuple[str, int, bytes] | None]) -> None:
+        while True:
+            item = waiting.get()
+            if item is None:
+                return
+            if self._failure is not None:
+                continue
+            target, mode, content = item
+            try:
+                descriptor = _create(target, mode)
+                try:
+                    _write_all(descriptor, content)
+                finally:
+                    os.close(descriptor)
+            except BaseException as error:
+                self._failure = self._failure or error
+
+
 def extract_tar(path: str, root: str, progress: Callable[[int], None], tree: Tree = LOCAL) -> None:
     """Unpack one stored tar below ``root``, calling ``progress`` with the bytes of every file.
 
     Existing files are never overwritten. Raises PitrError or OSError.
     """
-    with open_tar(path, tree) as tar:
+    with _Hands() as hands, open_tar(path, tree) as tar:
         for member in tar:
             name = HELD_BACK if member.name.lstrip("./") == PG_CONTROL else member.name
             target = _safe(root, name, path)
@@ -48,26 +117,41 @@ def extract_tar(path: str, root: str, progress: Callable[[int], None], tree: Tre
                 os.makedirs(target, mode=0o700, exist_ok=True)
                 os.chmod(target, member.mode & 0o777)
             elif member.isfile():
-                _write(tar, member, target)
+                _write(tar, member, target, hands)
                 progress(member.size)
             else:
                 raise PitrError(f"{path} is damaged: '{member.name}' is neither a file nor a directory.")
 
 
-def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: str) -> None:
+def _create(target: str, mode: int) -> int:
+    return os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: str, hands: _Hands) -> None:
     stream = tar.extractfile(member)
     if stream is None:
         raise PitrError(f"'{member.name}' has no content.")
-    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, member.mode & 0o777)
+    left = member.size
+    mode = member.mode & 0o777
+    if left <= hands.SMALL:
+        content = stream.read(left)
+        if len(content) != left:
+            raise PitrError(f"'{member.name}' ends {left - len(content)} bytes too early.")
+        hands.create(target, mode, content)
+        return
+    descriptor = _create(target, mode)
     try:
-        left = member.size
         while left:
             data = stream.read(min(left, CHUNK))
             if not data:
                 raise PitrError(f"'{member.name}' ends {left} bytes too early.")
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view) :]
+            _write_all(descriptor, data)
             left -= len(data)
     finally:
         os.close(descriptor)

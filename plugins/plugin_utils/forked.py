@@ -13,6 +13,7 @@ task becomes. Everywhere else, and in doubt, the module is sent like any other.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -150,6 +151,8 @@ def _load_for_workers() -> None:
     test_loader.get("ansible.builtin.changed")
     with contextlib.suppress(ImportError):
         importlib.import_module("psycopg2.extras")
+    # A worker's garbage collector would look at all that was there before it, and so copy the pages of it.
+    gc.freeze()
 
 
 _load_for_workers()
