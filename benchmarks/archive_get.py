@@ -102,7 +102,7 @@ def measure(bin_dir: Path, home: Path, options: argparse.Namespace) -> None:
             figures[side.name].append((seconds, usage))
             print(
                 f"round {number + 1}: {side.name:<6} redo {seconds:6.2f} s, of them at work {side.busy:6.2f} s,"
-                f" start to promotion {usage.wall:6.2f} s, all processors {usage.cpu:6.2f} s, load before it {load:.2f}",
+                f" start to promotion {usage.wall:6.2f} s, processors {usage.cpu:6.2f} s, load before it {load:.2f}",
                 flush=True,
             )
     medians = {name: statistics.median(seconds for seconds, _usage in items) for name, items in figures.items()}

@@ -258,8 +258,7 @@ MUTATIONS = (
     _mutation(
         "a note may be about any stored file",
         "fast",
-        'if not stored.startswith(_join(repository, cluster, "archive", "")) or'
-        " _name(stored) != name:",
+        'if not stored.startswith(_join(repository, cluster, "archive", "")) or _name(stored) != name:',
         "if False:",
         f"{AHEAD}::test_stale_acknowledgement_is_worth_nothing[_note_of_another_stored_file]",
         f"{AHEAD}::test_stale_acknowledgement_is_worth_nothing[_note_of_a_file_outside]",
