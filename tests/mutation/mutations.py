@@ -271,13 +271,6 @@ MUTATIONS = (
         f"{AHEAD}::test_fetched_segment_is_delivered_only_to_whom_it_is_for[system]",
     ),
     _mutation(
-        "a link in the spool is followed",
-        "fast",
-        "descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)\n        try:\n            if not _fits",
-        "descriptor = os.open(path, os.O_RDONLY)\n        try:\n            if not _fits",
-        f"{AHEAD}::test_doubtful_fetched_segment_is_not_delivered_but_fetched_anew[_is_a_link]",
-    ),
-    _mutation(
         "a call does not wait for who is at its file",
         "fast",
         "is_last_look = not _is_under_way(directory, name) or",
@@ -340,7 +333,7 @@ MUTATIONS = (
         "ahead",
         "        os.lockf(lock, os.F_TLOCK, 0)\n    except OSError:\n        return\n    try:\n        with",
         "        pass\n    except OSError:\n        return\n    try:\n        with",
-        f"{AHEAD}::test_get_leaves_a_process_that_keeps_segments_ready_and_ends_with_the_recovery",
+        f"{AHEAD}::test_second_process_gives_way_to_the_first",
     ),
     _mutation(
         "fetching ahead does not end with the recovery",

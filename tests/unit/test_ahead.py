@@ -13,7 +13,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,28 @@ class Host:
                 except OSError:
                     continue
         return found
+
+
+HOLDER = """
+import os, select, sys
+os.lockf(os.open(sys.argv[1], os.O_RDWR | os.O_CREAT), os.F_LOCK, 0)
+print(flush=True)
+select.select([sys.stdin], [], [], float(sys.argv[2]))
+"""
+HOLDER_SECONDS = 15.0
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Another process has this lock, for so many seconds at most."""
+    argv = [interpreters()[0], "-c", HOLDER, str(lock), str(HOLDER_SECONDS)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        try:
+            yield
+        finally:
+            holder.communicate()
 
 
 @pytest.fixture
@@ -676,14 +699,7 @@ def test_second_call_leaves_to_the_first_what_it_is_at(host: Host, worked: list[
         (host.notes / name).unlink()
         host.stored(name).unlink()
     worked.clear()
-    holder = subprocess.Popen(
-        [interpreters()[0], "-c", "import os, sys; os.lockf(os.open(sys.argv[1], os.O_RDWR), os.F_LOCK, 0);"
-         "print(flush=True); sys.stdin.read()", str(host.notes / "lock")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        assert holder.stdout is not None
-        holder.stdout.readline()
+    with held(host.notes / "lock"):
         (host.notes / "lock").write_text(wal_name(1, 5))
         assert host.push(wal_name(1, 4)) == 0
         assert worked == [wal_name(1, 4)]
@@ -695,9 +711,7 @@ def test_second_call_leaves_to_the_first_what_it_is_at(host: Host, worked: list[
             assert host.push(wal_name(1, 5)) == 0
         finally:
             fast.PATIENCE = fast_patience
-        assert worked == [wal_name(1, 5)] and time.monotonic() - started > 0.3
-    finally:
-        holder.communicate()
+        assert worked == [wal_name(1, 5)] and 0.3 < time.monotonic() - started < HOLDER_SECONDS
 
 
 @pytest.mark.usefixtures("settled")
@@ -967,6 +981,18 @@ def test_get_leaves_a_process_that_keeps_segments_ready_and_ends_with_the_recove
     (fetched.pgdata / "recovery.signal").unlink()
     until(lambda: not fetched.fetchers, "the end of the process")
     assert not fetched.spool.exists()
+
+
+def test_second_process_gives_way_to_the_first(fetched: Fetched) -> None:
+    with held(fetched.spool / "lock"):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                ahead.fetch_ahead(str(fetched.directory), CLUSTER, OPTIONS, wal_name(1, 3), f"pg_wal/{fast.FETCHED}")
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        assert os.listdir(fetched.spool) == ["lock"]
 
 
 def test_process_ends_with_the_server_and_leaves_nothing(fetched: Fetched) -> None:
