@@ -71,7 +71,8 @@ def _runs(
     """(major, argv) of each pytest run: all in one for one major, else the unit tests apart and first."""
     pytest = [str(layout.python), "-m", "pytest"]
     if not any(argument in ("-n", "--numprocesses") or argument.startswith(("-n", "--pdb")) for argument in arguments):
-        pytest += ["-n", "2"]
+        # Half of what integration tests do is to wait for servers.
+        pytest += ["-n", str(2 * (os.cpu_count() or 1))]
     if any((checkout / argument.partition("::")[0]).exists() for argument in arguments):
         return [(major, [*pytest, *arguments]) for major in majors]
     for name in (_UNIT, _INTEGRATION):
