@@ -72,7 +72,7 @@ class Expiry:
                     ) from None
             leftovers = [] if self._policy.is_empty else self._leftovers()
             index = scan(self._folder, self._chapter)
-            result = self._plan(index, stack)
+            result = self._plan(index, stack, check)
             archive = self._folder.archive_path(self._chapter)
             borders = {index.name(item.timeline, item.last + 1)[:16] for item in result.wal}
             # Whole folders of what goes; the one at the border is looked at name by name.
@@ -93,7 +93,7 @@ class Expiry:
         names = self._folder.tree.names(self._folder.backups_path)
         return [name for name in names if name.startswith(".") and name.endswith(SUFFIX)]
 
-    def _plan(self, index: ArchiveIndex, stack: contextlib.ExitStack) -> ExpirePlan:
+    def _plan(self, index: ArchiveIndex, stack: contextlib.ExitStack, check: bool) -> ExpirePlan:
         """The plan, after nobody can begin to read what it removes any more.
 
         The lock comes first and the look at the leases after it: a restore writes its lease before it asks for the
@@ -120,7 +120,11 @@ class Expiry:
                 return result
             for label in fresh:
                 try:
-                    stack.enter_context(locks.exclusive_use(self._folder, label))
+                    if check:
+                        # Nobody may be refused because somebody looks.
+                        locks.probe_use(self._folder, label)
+                    else:
+                        stack.enter_context(locks.exclusive_use(self._folder, label))
                     locked.add(label)
                 except locks.InUseError:
                     busy[label] = "a restore is reading it"

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 
 from .errors import PitrError
-from .repository import LEASE, ClusterFolder
+from .repository import LEASE, USE, ClusterFolder
 from .retention import Floor
 from .tree import make_directory
 from .wal import Lsn
@@ -28,7 +28,6 @@ LEASE_SECONDS = 3600
 # Seconds to wait for a lock that somebody tries for a moment only.
 PATIENCE = 10
 EXPIRE = "expire"
-_USE = "use-"
 _TAKE = "take-"
 
 
@@ -75,7 +74,22 @@ def held(folder: ClusterFolder, name: str, shared: bool = False) -> Iterator[int
 
 def exclusive_use(folder: ClusterFolder, label: str) -> contextlib.AbstractContextManager[int]:
     """Nobody reads this backup, and nobody begins to. Raises InUseError when somebody does."""
-    return held(folder, _USE + label)
+    return held(folder, USE + label)
+
+
+def probe_use(folder: ClusterFolder, label: str) -> None:
+    """Raise InUseError when somebody reads this backup now. Holds and creates nothing."""
+    path = os.path.join(folder.locks_path, USE + label)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InUseError(f"{path} is held by another process.") from None
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -88,7 +102,7 @@ def reading(folder: ClusterFolder, label: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if os.path.isdir(folder.path):
             with contextlib.suppress(OSError):
-                stack.enter_context(held(folder, _USE + label, shared=True))
+                stack.enter_context(held(folder, USE + label, shared=True))
         yield
 
 

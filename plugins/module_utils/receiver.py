@@ -286,6 +286,14 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
+def _is_trouble(line: str, segment: str) -> bool:
+    """Whether the server has the segment and could not read it, which may pass.
+
+    Then it names the file with its directory, or an offset in it (WalSndSegmentOpen, WALReadRaiseError).
+    """
+    return f"pg_wal/{segment}" in line or f"{segment}," in line
+
+
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
 
@@ -624,7 +632,7 @@ class Receiver:
         if begun is not None:
             wanted = segment_name(begun.timeline, begun.number, place.size)
             # The server's words are in the language of the server; the name of the segment is not.
-            if any("stream: " in line and wanted in line for line in said):
+            if any("stream: " in line and wanted in line and not _is_trouble(line, wanted) for line in said):
                 self._removed = wanted
         raise PitrError(f"pg_receivewal ended with exit code {self._process.returncode}: {text[-1000:] or 'no word'}")
 
@@ -670,7 +678,11 @@ class Receiver:
         if not files:
             return
         newest = max(files, key=lambda file: (file.timeline, file.rank))
-        reach = place.reach(newest) if newest.partial else Lsn((newest.number + 1) * place.size)
+        try:
+            reach = place.reach(newest) if newest.partial else Lsn((newest.number + 1) * place.size)
+        except FileNotFoundError:
+            # Finished, and renamed, since we have looked.
+            return
         if reach is None:
             reach = Lsn(newest.number * place.size)
         # The page of the last byte that the server had when we asked has come.

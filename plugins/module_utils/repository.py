@@ -38,6 +38,9 @@ CLUSTER_FILE = "cluster.json"
 BACKUP_FILE = "backup.json"
 # Names in ``locks/`` begin with it; after it come a backup's label, a dash and eight hexadecimal digits.
 LEASE = "lease-"
+# The lock of those who read a backup, before its label.
+USE = "use-"
+BEING_REMOVED = "is being removed by an expire"
 
 _LEASE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}-[0-9a-f]{8}\Z")
 _CLUSTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")

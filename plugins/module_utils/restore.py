@@ -42,7 +42,7 @@ from .plan import (
 )
 from .postgres import binary, binary_version, control_data, data_version, run, running_pid, shell_command
 from .receiver import ACCEPTED
-from .repository import ClusterFolder, write_json
+from .repository import BEING_REMOVED, ClusterFolder, write_json
 from .tail import Tail
 from .target import RecoveryTarget
 from .timeline import Span
@@ -482,8 +482,13 @@ class Restore:
         lease = locks.new_lease(label)
         self._claimed_at = time.monotonic()
         # A repository that this host may only read is restored from all the same; docs/retention.md tells what follows.
-        with contextlib.suppress(OSError, PitrError):
+        try:
             self._folder.touch_lease(lease)
+        except OSError:
+            pass
+        except PitrError as error:
+            if BEING_REMOVED in error.message:
+                raise PitrError(f"{error.message} Nothing was touched; plan again.") from None
         return lease
 
     def _execute(self, result: RestorePlan, lease: str) -> Result:

@@ -138,8 +138,8 @@ class ExpirePlan:
 def why_not_restorable(backups: Sequence[Backup], index: ArchiveIndex, damaged: Mapping[str, str]) -> dict[str, str]:
     """Label to reason, for every backup that could not be restored to its own end.
 
-    A damaged file, a hole in the WAL from its start to its stop, a missing history file, or a parent of which one of
-    these is true.
+    A damaged file, a hole in the WAL from its start to its stop, a missing history file, or a parent with a damaged
+    file. What is built upon a parent needs its files, and not the WAL that would make it consistent by itself.
     """
     by_label = {backup.label: backup for backup in backups}
     own = {}
@@ -152,7 +152,7 @@ def why_not_restorable(backups: Sequence[Backup], index: ArchiveIndex, damaged: 
         seen: set[str] = set()
         at: Backup | None = backup
         while at is not None:
-            why = own[at.label]
+            why = own[at.label] if at is backup else damaged.get(at.label, "")
             if at.label in seen:
                 why = "its chain of parents is a circle"
             elif not why and at.type != "full" and at.parent is None:
@@ -359,9 +359,11 @@ class _Decision:
         for timeline in self._timelines():
             written = self._circumstances.written.get(timeline)
             alive = timeline == self._tree.newest or (written is None or written >= begin)
+            leading = self._leading_to(timeline)
+            # The archive's files are what a host with a writer's key says; the backups are ours.
+            alive = alive or any(backup.stopped_at >= begin for backup in leading)
             if not alive or (self._index.last(timeline) is None and timeline != self._tree.newest):
                 continue
-            leading = self._leading_to(timeline)
             before = [position for position, backup in enumerate(leading) if backup.stopped_at <= begin]
             self._stay(leading[before[-1] + 1 if before else 0 :], "within the recovery window")
             if before:

@@ -14,7 +14,9 @@ On the path of ``pitr-wal``.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import signal
 import stat
@@ -24,7 +26,17 @@ from types import FrameType
 from . import codec
 from .archive import check_segment
 from .errors import PitrError
-from .repository import CLUSTER_FILE, LEASE, MARKER, Chapter, ClusterFolder, require_directory
+from .repository import (
+    BACKUP_FILE,
+    BEING_REMOVED,
+    CLUSTER_FILE,
+    LEASE,
+    MARKER,
+    USE,
+    Chapter,
+    ClusterFolder,
+    require_directory,
+)
 from .timeline import parse_history
 from .tree import LOCAL
 from .wal import SegmentHeader, WalFile, history_name
@@ -36,6 +48,7 @@ STALLED = 300.0
 # Bytes of one frame from the client, and of a stored history or backup file.
 LIMIT = 512 * 1024
 SMALL = 1024 * 1024
+MOST_LEASES = 100
 
 
 class Server:
@@ -58,7 +71,7 @@ class Server:
         root = os.path.realpath(self._folder.path)
         if place == MARKER:
             root = os.path.join(os.path.realpath(self._repository), MARKER)
-        elif place.split("/")[0] != self._folder.name or {"", ".", ".."} & set(place.split("/")) or "\0" in place:
+        elif place.split("/")[0] != self._folder.name or not _is_plain(place):
             raise PitrError(
                 f"This key is for the cluster '{self._folder.name}' of {self._repository}; it may not name '{place}'."
             )
@@ -72,6 +85,9 @@ class Server:
         """Path, file and chapter of a place in the archive. Raises PitrError for every other place."""
         path = self._located(place)
         wal_file = WalFile.parse(os.path.basename(path))
+        if wal_file.segment:
+            # Raises for a name that this cluster has no segment of.
+            wal_file.number(self._folder.chapter.wal_segment_size)
         for chapter in self._folder.chapters:
             if path == self._folder.wal_path(wal_file, chapter):
                 return path, wal_file, chapter
@@ -100,7 +116,8 @@ class Server:
         elif operation == "names":
             if self._writes:
                 raise PitrError("The key of this connection only adds WAL; it may not list directories.")
-            self._wire.say(ANSWER, {"names": LOCAL.names(self._located(request.get("place")))})
+            names = LOCAL.names(self._located(request.get("place")))
+            self._wire.say(ANSWER, {"names": [name for name in names if _is_plain(name)]})
         elif operation == "lease":
             if self._writes:
                 raise PitrError("The key of this connection only adds WAL; it holds no lease.")
@@ -123,7 +140,22 @@ class Server:
         name = os.path.basename(path)
         if path != os.path.join(self._folder.locks_path, name) or not name.startswith(LEASE):
             raise PitrError(f"'{place}' is not a lease. Refused.")
+        label = name[len(LEASE) :].rpartition("-")[0]
+        if not os.path.exists(os.path.join(self._folder.backups_path, label, BACKUP_FILE)):
+            # Nor could any number of leases be made for backups that never were.
+            raise PitrError(f"There is no backup '{label}', or it {BEING_REMOVED}.")
+        if not os.path.exists(path) and _count(self._folder.locks_path, LEASE) >= MOST_LEASES:
+            raise PitrError(f"{self._folder.locks_path} has {MOST_LEASES} leases already. Refused.")
         self._folder.touch_lease(name[len(LEASE) :])
+        # Whoever removes it looked at the leases before he took this lock.
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(os.path.join(self._folder.locks_path, USE + label), os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise PitrError(f"The backup {label} {BEING_REMOVED}.") from None
+            finally:
+                os.close(descriptor)
 
     def _open(self, place: object) -> None:
         path = self._readable(place)
@@ -149,6 +181,18 @@ class Server:
             raise PitrError(f"{wal_file.name} would have {size} bytes in the archive, at most {most} can be right.")
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        is_new = not os.path.isdir(os.path.dirname(path))
+        try:
+            self._add_file(path, size, wal_file, chapter)
+        except BaseException:
+            if is_new:
+                # A refused file leaves no folder; one that somebody else uses by now is not empty.
+                with contextlib.suppress(OSError):
+                    os.rmdir(os.path.dirname(path))
+            raise
+        self._wire.say(ANSWER, {})
+
+    def _add_file(self, path: str, size: int, wal_file: WalFile, chapter: Chapter) -> None:
         with LOCAL.adding(path) as temporary:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
@@ -164,7 +208,6 @@ class Server:
                     raise PitrError(error.message.replace(temporary, path)) from None
             finally:
                 os.close(descriptor)
-        self._wire.say(ANSWER, {})
 
     def _receive(self, descriptor: int, size: int) -> None:
         """Write what the client sends. Raises OSError (the disk is full) only after everything has come."""
@@ -203,9 +246,12 @@ class Server:
 
     def _check_encrypted(self, path: str, wal_file: WalFile, chapter: Chapter) -> None:
         """Whether it came whole, for whom it is, and how large it says to be. More cannot be seen without a key."""
-        from .encryption import recipients_id, verify_stored
+        from .encryption import AGE, LENGTH, recipients_id, verify_stored
 
         header = verify_stored(LOCAL, path)
+        with open(path, "rb") as stream:
+            if stream.read(LENGTH + len(AGE))[LENGTH:] != AGE:
+                raise PitrError(f"{path} says that it is encrypted, and is not. Refused; nothing was changed.")
         if header.recipients != recipients_id(self._folder.recipients):
             raise PitrError(f"{path} is encrypted for other recipients than the cluster's. Refused.")
         if wal_file.kind in ("segment", "partial") and header.size != chapter.wal_segment_size:
@@ -237,6 +283,18 @@ class Server:
                 return reader.read(SMALL).decode(errors="replace")
         except FileNotFoundError:
             return None
+
+
+def _is_plain(place: str) -> bool:
+    """Whether no part of it is empty, leads upwards, or is hidden: what is hidden may not be encrypted yet."""
+    return "\0" not in place and all(part and not part.startswith(".") for part in place.split("/"))
+
+
+def _count(directory: str, prefix: str) -> int:
+    try:
+        return sum(name.startswith(prefix) for name in os.listdir(directory))
+    except FileNotFoundError:
+        return 0
 
 
 def _failure(error: PitrError | OSError) -> dict[str, object]:
