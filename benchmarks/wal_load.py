@@ -39,7 +39,7 @@ SETTINGS = {
     "shared_buffers": "256MB",
     "wal_level": "replica",
     "wal_compression": "on",  # as the role primary sets it
-    "max_wal_size": "1GB",
+    "max_wal_size": "4GB",
     "wal_keep_size": "16GB",
     "synchronous_commit": "off",  # otherwise the load takes longer; the WAL is the same
     "archive_mode": "off",
@@ -143,9 +143,10 @@ class Cluster:
         self.stop(self.data)
         shutil.copytree(self.data, self.before)
         self.start(self.data)
-        while len(self._written()) < segments:
+        first = self._checkpoint(self.before)
+        # Segments ahead of the current one are there too, under the names of the future.
+        while self._count(first, self._current()) < segments + 2:
             self.program("pgbench", "-n", "-c", 8, "-j", 2, "-T", 10, "postgres")
-            self.program("psql", "-X", "-q", "-d", "postgres", "-c", "CHECKPOINT")
         self.program("psql", "-X", "-q", "-d", "postgres", "-c", "SELECT pg_switch_wal()")
         self.stop(self.data)
 
@@ -153,6 +154,13 @@ class Cluster:
         """Segments from the checkpoint of the copy up to the newest checkpoint: all of them are complete."""
         first, last = self._checkpoint(self.before), self._checkpoint(self.data)
         return sorted(path.name for path in self.wal.iterdir() if len(path.name) == 24 and first <= path.name < last)
+
+    def _current(self) -> str:
+        sql = "SELECT pg_walfile_name(pg_current_wal_lsn())"
+        return self.program("psql", "-X", "-A", "-t", "-d", "postgres", "-c", sql).strip()
+
+    def _count(self, first: str, last: str) -> int:
+        return len([path for path in self.wal.iterdir() if len(path.name) == 24 and first <= path.name < last])
 
     def _checkpoint(self, data: Path) -> str:
         control = self.program("pg_controldata", "-D", data)

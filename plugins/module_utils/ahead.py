@@ -32,8 +32,8 @@ PUSH_AHEAD = 32  # files
 PREFETCH = 8  # segments
 # Seconds after which no more files are begun that were not asked for.
 PUSH_SECONDS = 30.0
-# Segments that are compressed at the same time, at most.
-PUSH_WIDTH = 4
+# Segments that are under way at the same time, at most: one for each processor, and one that is being synced.
+PUSH_WIDTH = 5
 # A file that was changed within the resolution of its times (a tick of the kernel's clock, at most 10 ms) may change
 # once more without showing it.
 SETTLED_SECONDS = 0.05
@@ -221,7 +221,7 @@ class _Push:
         """
         folder = self.context.open()
         deadline = time.monotonic() + PUSH_SECONDS
-        width = min(os.cpu_count() or 1, PUSH_WIDTH)
+        width = min((os.cpu_count() or 1) + 1, PUSH_WIDTH)
         asked = archive.Pushing(self.path, folder, self.compression)
         under_way: list[_Item] = []
         try:
