@@ -162,7 +162,8 @@ class _Push:
         self.path = path
         self.compression: str = context.settings.get("compression", "auto")
         self.directory = fast.pushed_spool(context.raw, context.cluster, path)
-        self._count = context.number("push_ahead", PUSH_AHEAD)
+        # A process that outlives its call is adopted by process 1.
+        self._count = 0 if fast.server_is_init() else context.number("push_ahead", PUSH_AHEAD)
         self._has_server = os.path.exists("postmaster.pid")
 
     def context_facts(self, name: str, source: int) -> fast.Facts:
@@ -376,6 +377,10 @@ def fetch_ahead(folder: str, cluster: str, options: dict[str, str], name: str, d
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
     os.closerange(3, 1024)
+    remote = sys.modules.get(f"{__package__}.remote")
+    if remote is not None:
+        # Its sessions are our parent's; their descriptors are closed here, and the numbers will be other files.
+        remote.forget_sessions()
     # The recovery, which one processor has to itself at best, goes first.
     os.nice(5)
     lock = os.open(os.path.join(directory, fast.LOCK), os.O_RDWR)

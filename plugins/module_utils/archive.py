@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -174,7 +175,9 @@ class Pushing:
             self._before = os.fstat(self.source)
             if wal_file.kind in ("segment", "partial"):
                 self._check(wal_file, folder, folder.chapter)
-            elif wal_file.kind == "history":
+            else:
+                self._check_server(folder.chapter)
+            if wal_file.kind == "history":
                 self._check_history(wal_file)
             if not self._tree.exists(self.stored):
                 # Timelines must be known to hosts that have no key: what there is, and what to keep, depends on them.
@@ -204,6 +207,24 @@ class Pushing:
             error.message = f"{self.path} was not archived: {self.stored}: {error.message}"
             error.args = (error.message,)
             raise
+
+    def _check_server(self, chapter: Chapter) -> None:
+        """A file that does not tell its cluster must not come from another one's pg_wal.
+
+        The system identifier is the first field of pg_control (ControlFileData); without that file it is not known.
+        """
+        pg_wal = os.path.dirname(self.path) or "."
+        control = os.path.join(os.path.dirname(os.path.abspath(pg_wal)), "global", "pg_control")
+        try:
+            with open(control, "rb") as stream:
+                found = str(int.from_bytes(stream.read(8), sys.byteorder))
+        except OSError:
+            return
+        if found != chapter.system_identifier:
+            raise PitrError(
+                f"{self.path} belongs to the cluster with system identifier {found}; the archive belongs to"
+                f" {chapter.system_identifier}. Refused; nothing was changed."
+            )
 
     def _check_history(self, wal_file: WalFile) -> None:
         """Not one that is none, such as a stored one, which is compressed, copied back by hand.

@@ -384,6 +384,17 @@ def answer(argv: list[str]) -> bool:
     return False
 
 
+def server_is_init() -> bool:
+    """Whether the server that calls us is process 1, as in a container without an init.
+
+    It would adopt what we leave behind, and take a killed one for a crash of its own (HandleChildCrash).
+    """
+    try:
+        return read("postmaster.pid").split(b"\n", 1)[0].strip() == b"1"
+    except OSError:
+        return False
+
+
 def is_in_recovery() -> bool:
     """Whether the server that calls us (its working directory is the data directory) is in archive recovery."""
     return _exists("recovery.signal") or _exists("standby.signal")
@@ -391,7 +402,7 @@ def is_in_recovery() -> bool:
 
 def follow(folder: str, cluster: str, options: dict[str, str], name: str, directory: str) -> None:
     """Leave a process that fetches what comes after ``name``, unless there is one, or nobody is in recovery."""
-    if not is_in_recovery():
+    if not is_in_recovery() or server_is_init():
         return
     try:
         os.close(os.open(_join(directory, LOCK), os.O_RDWR | os.O_CREAT, 0o600))

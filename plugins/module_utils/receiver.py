@@ -379,7 +379,7 @@ class Receiver:
         self._ending = False
         self._wake = -1
         self._unfinished = b""
-        self._archived: set[str] = set()
+        self._archived: dict[str, tuple[str, int, int]] = {}
         # Name to (when to try again, what was wrong).
         self._waiting: dict[str, tuple[float, str]] = {}
         self._removed = ""
@@ -745,7 +745,13 @@ class Receiver:
     def _push(self, place: _Place, path: str) -> bool:
         """Archive one file of the spool. What is refused waits, is told, and stops nothing else."""
         name = os.path.basename(path)
-        if name in self._archived:
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            return False
+        # Another chapter, or what was put aside, may have another file of this name.
+        very_file = (path, status.st_ino, status.st_mtime_ns)
+        if self._archived.get(name) == very_file:
             return True
         again, _why = self._waiting.get(name, (0.0, ""))
         if time.monotonic() < again:
@@ -760,13 +766,13 @@ class Receiver:
             self._tell()
             return False
         self._waiting.pop(name, None)
-        self._archived.add(name)
+        self._archived[name] = very_file
         return True
 
     def _remove(self, path: str) -> None:
         """Take a file that is archived out of the spool."""
         os.unlink(path)
-        self._archived.discard(os.path.basename(path))
+        self._archived.pop(os.path.basename(path), None)
 
     # --- status
 

@@ -630,6 +630,11 @@ def ssh_tree(repository: str, settings: Mapping[str, str] | None = None) -> SshT
     return _TREES[key]
 
 
+def forget_sessions() -> None:
+    """In a forked process that has closed all descriptors: begin anew."""
+    _TREES.clear()
+
+
 @atexit.register
 def _close_all() -> None:
     """Without waiting: the process is ending, and ssh notices that by itself."""

@@ -92,8 +92,8 @@ MUTATIONS = (
     _mutation(
         "what is no history file is archived as one",
         "archive",
-        '            elif wal_file.kind == "history":\n                self._check',
-        "            elif False:\n                self._check",
+        '            if wal_file.kind == "history":\n                self._check',
+        "            if False:\n                self._check",
         f"{ARCHIVE}::test_file_that_is_no_history_is_refused",
     ),
     _mutation(

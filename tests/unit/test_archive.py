@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import resource
+import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -417,6 +418,18 @@ def test_segment_that_tells_another_segment_size_is_refused(site: Site) -> None:
 @pytest.mark.parametrize("content", [bytes(MIB), b"x" * MIB], ids=["zeros", "text"])
 def test_file_that_is_no_wal_is_refused(site: Site, content: bytes) -> None:
     site.refuses_to_push(site.write(wal_name(1, 3), content), "is not a WAL segment")
+
+
+@pytest.mark.parametrize("name", ["00000002.history", f"{wal_name(1, 3)}.00000028.backup"])
+def test_file_of_another_clusters_pg_wal_is_refused(site: Site, name: str) -> None:
+    """It does not tell whose it is, and would send recoveries along a timeline that is not theirs."""
+    control = site.pg_wal.parent / "global" / "pg_control"
+    control.parent.mkdir()
+    path = site.write(name, history((1, "0/350000")).encode())
+    control.write_bytes(struct.pack("=Q", SYSTEM + 1) + bytes(100))
+    site.refuses_to_push(path, f"belongs to the cluster with system identifier {SYSTEM + 1}")
+    control.write_bytes(struct.pack("=Q", SYSTEM) + bytes(100))
+    site.push(path)
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,21 @@ def test_window_reaches_to_a_branch_that_was_left_within_it_and_not_to_one_that_
         assert going(plan(backups, BRANCHED, Policy(window=9 * MINUTE), at(60), circumstances)) == gone
 
 
+def test_window_does_not_depend_on_what_a_writer_says_of_the_archive() -> None:
+    """A segment far ahead makes a timeline look left long ago, a history file makes it look followed by another."""
+    backups = [backup(f"b{day}", day, minute=day) for day in range(1, 60, 10)]
+    index = archive({1: [*range(1, 70), 1000]}, {9: [Switch(1, Lsn(1), "")]})
+    found = plan(backups, index, Policy(window=30 * MINUTE), at(60), Circumstances(written={1: at(1)}))
+    assert going(found) == ["b1", "b11"]
+
+
+def test_incremental_backup_needs_its_parents_files_and_not_the_parents_wal() -> None:
+    chain = [backup("f1", 2), backup("i1", 8, parent="f1")]
+    index = archive({1: [1, *range(4, 40)]})
+    assert list(why_not_restorable(chain, index, {})) == ["f1"]
+    assert list(why_not_restorable(chain, index, {"f1": "cut off"})) == ["f1", "i1"]
+
+
 def test_wal_of_a_timeline_without_history_file_stays() -> None:
     index = archive({1: list(range(1, 40)), 3: [7, 8]})
     found = plan(B, index, Policy(keep_full=1), at(40))

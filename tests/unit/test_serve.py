@@ -260,6 +260,9 @@ def test_first_segment_of_a_timeline_is_explained_by_the_history_file(talk: Call
     assert writer.add(place, copied)[0] == ANSWER
 
 
+AGE = b"age-encryption.org/v1"
+
+
 def encrypted(content: bytes, recipients: Sequence[str], size: int = MIB, stored: bytes = b"") -> bytes:
     """What a pushing host makes of a segment; that age has made it is of no interest here."""
     digest = hashlib.sha256(stored or content).hexdigest()
@@ -275,9 +278,10 @@ def test_encrypted_segment_is_stored_unread_when_it_came_whole(
     writer = talk("write")
     before = tree(folder.repository)
     for bad, says in (
-        (encrypted(b"x", folder.recipients, stored=b"y"), "are not those that were stored"),
-        (encrypted(b"x", folder.recipients, size=MIB - 1), "can be right"),
-        (encrypted(b"x", ["age1three"]), "other recipients"),
+        (encrypted(AGE + b"x", folder.recipients, stored=b"y"), "are not those that were stored"),
+        (encrypted(AGE + b"x", folder.recipients, size=MIB - 1), "can be right"),
+        (encrypted(AGE + b"x", ["age1three"]), "other recipients"),
+        (encrypted(b"plain", folder.recipients), "says that it is encrypted, and is not"),
         (b"pitr-age 1 and no more", "is damaged"),
         (gzip.compress(segment(1, 5)), "is not encrypted"),
     ):
@@ -423,6 +427,47 @@ def test_reader_renews_the_leases_of_its_recoveries_and_nothing_else(
         assert path.read_bytes() == b"" and "b1" in locks.leases(folder)
         os.utime(path, (1, 1))
         assert locks.leases(folder) == {}
+
+
+def test_lease_on_a_backup_that_is_not_there_is_refused(talk: Callable[..., Talk], folder: ClusterFolder) -> None:
+    """It would keep all WAL for ever."""
+    before = tree(folder.repository)
+    assert "There is no backup 'b2'" in refused(talk("read").ask("lease", f"{CLUSTER}/locks/lease-b2-01234567"))
+    assert tree(folder.repository) == before
+
+
+def test_lease_on_a_backup_that_is_being_removed_is_refused(talk: Callable[..., Talk], folder: ClusterFolder) -> None:
+    with locks.exclusive_use(folder, "b1"):
+        message = refused(talk("read").ask("lease", f"{CLUSTER}/locks/lease-b1-01234567"))
+    assert "is being removed by an expire" in message
+
+
+def test_number_of_leases_is_bounded(talk: Callable[..., Talk], folder: ClusterFolder) -> None:
+    reader = talk("read")
+    for number in range(100):
+        assert reader.ask("lease", f"{CLUSTER}/locks/lease-b1-{number:08x}") == (ANSWER, {})
+    assert "100 leases already" in refused(reader.ask("lease", f"{CLUSTER}/locks/lease-b1-{100:08x}"))
+    assert reader.ask("lease", f"{CLUSTER}/locks/lease-b1-{1:08x}") == (ANSWER, {})
+
+
+def test_backup_that_is_being_taken_is_shown_to_nobody(talk: Callable[..., Talk], folder: ClusterFolder) -> None:
+    """Its files are not encrypted yet."""
+    partial = Path(folder.backups_path, ".b2.partial")
+    partial.mkdir()
+    (partial / "base.tar").write_bytes(b"plain")
+    reader = talk("read")
+    assert reader.ask("names", f"{CLUSTER}/backups")[1]["names"] == ["b1"]
+    for do, place in (("names", ".b2.partial"), ("open", ".b2.partial/base.tar"), ("stat", ".b2.partial/base.tar")):
+        assert "may not name" in refused(reader.ask(do, f"{CLUSTER}/backups/{place}"))
+
+
+def test_refused_segment_leaves_no_folder_behind(talk: Callable[..., Talk], folder: ClusterFolder) -> None:
+    before = tree(folder.repository)
+    name = wal_name(1, 9 * 4096 + 5)
+    refused(talk("write").add(f"{PLACE}/{name[:16]}/{name}", gzip.compress(segment(1, 5))))
+    assert tree(folder.repository) == before
+    impossible = f"{name[:16]}FFFFFFFF"
+    assert "cannot be a segment" in refused(talk("write").add(f"{PLACE}/{name[:16]}/{impossible}", b"x"))
 
 
 @pytest.mark.parametrize("access", ["read", "write"])
