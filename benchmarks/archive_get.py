@@ -10,6 +10,7 @@ what the server's log tells: from "redo starts" to "redo done".
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -34,7 +35,7 @@ class Replay:
         self._command = restore_command
         self._is_local = is_local
         self._data = cluster.home / f"replay-{name}"
-        self.busy = 0.0
+        self.busy = self.queued = 0.0
 
     def run(self) -> tuple[float, Usage]:
         """Seconds of redo, and what all processes used."""
@@ -59,6 +60,7 @@ class Replay:
         while "ready to accept connections" not in (text := log.read_text(encoding="utf-8") if log.exists() else ""):
             if time.monotonic() > deadline or "FATAL" in text:
                 raise Failed(f"{self.name} does not come up:\n{text[-2000:]}")
+            self._watch()
             time.sleep(0.1)
         self._check(text)
         self._cluster.stop(self._data, "immediate")
@@ -69,6 +71,16 @@ class Replay:
             raise Failed(f"the log of {self.name} does not tell how long redo took:\n{text[-2000:]}")
         self.busy = float(found.group(1)) + float(found.group(2))
         return float(found.group(3)), usage
+
+    def _watch(self) -> None:
+        """How long the process that replays has waited for a processor: what else the machine does shows here."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            postmaster = (self._data / "postmaster.pid").read_text(encoding="ascii").split("\n")[0]
+            for child in Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text(encoding="ascii").split():
+                if b"startup" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    # proc(5): nanoseconds at work, nanoseconds of waiting while it could have run, slices.
+                    times = Path(f"/proc/{child}/schedstat").read_text(encoding="ascii")
+                    self.queued = int(times.split()[1]) / 1e9
 
     def _check(self, text: str) -> None:
         """All of it was replayed, from where it should come."""
@@ -93,26 +105,26 @@ def measure(bin_dir: Path, home: Path, options: argparse.Namespace) -> None:
     command = cluster.install(home / "pitr", folder, **ahead)
     fetch = f'{command} get --system-identifier={cluster.system_identifier} {CLUSTER} "%f" "%p"'
     sides = [Replay(cluster, "local", "false", True), Replay(cluster, "get", fetch, False)]
-    figures: dict[str, list[tuple[float, Usage]]] = {side.name: [] for side in sides}
+    figures: dict[str, list[tuple[float, float]]] = {side.name: [] for side in sides}
     print(f"{len(cluster.segments)} segments of 16 MB")
     for number in range(options.rounds):
         for side in sides if number % 2 == 0 else reversed(sides):
             load = os.getloadavg()[0]
             seconds, usage = side.run()
-            figures[side.name].append((seconds, usage))
+            figures[side.name].append((seconds, seconds - side.queued))
             print(
-                f"round {number + 1}: {side.name:<6} redo {seconds:6.2f} s, of them at work {side.busy:6.2f} s,"
-                f" start to promotion {usage.wall:6.2f} s, processors {usage.cpu:6.2f} s, load before it {load:.2f}",
+                f"round {number + 1}: {side.name:<6} redo {seconds:6.2f} s, of them {side.busy:6.2f} s at work,"
+                f" {side.queued:5.2f} s waiting for a processor, start to promotion {usage.wall:6.2f} s,"
+                f" all processors {usage.cpu:6.2f} s, load before it {load:.2f}",
                 flush=True,
             )
-    medians = {name: statistics.median(seconds for seconds, _usage in items) for name, items in figures.items()}
-    pairs = zip(figures["get"], figures["local"], strict=True)
-    ratios = [ours[0] / local[0] for ours, local in pairs]
-    print(f"redo, median: local {medians['local']:.2f} s, get {medians['get']:.2f} s")
-    print(
-        f"ratio: {medians['get'] / medians['local']:.3f} of the medians, {statistics.median(ratios):.3f} the median of"
-        f" the rounds ({', '.join(f'{ratio:.3f}' for ratio in ratios)})"
-    )
+    for number, what in enumerate(("redo", "redo without the waiting for a processor")):
+        medians = {name: statistics.median(item[number] for item in items) for name, items in figures.items()}
+        ratios = [ours[number] / local[number] for ours, local in zip(figures["get"], figures["local"], strict=True)]
+        print(
+            f"{what}, median: local {medians['local']:.2f} s, get {medians['get']:.2f} s; ratio"
+            f" {medians['get'] / medians['local']:.3f}, of the rounds {', '.join(f'{ratio:.3f}' for ratio in ratios)}"
+        )
 
 
 def main() -> int:

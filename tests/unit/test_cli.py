@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,9 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import MAR
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import WalFile
 from ansible_collections.pgdrill.pitr.tests.unit.support import (
     CLUSTER,
+    MIB,
     SYSTEM,
+    header,
     history,
     interpreters,
     make_repository,
@@ -90,6 +93,35 @@ def test_all_good_answers_on_every_interpreter(tmp_path: Path, python: str) -> N
     assert (absent.returncode, absent.stdout, absent.stderr) == (1, "", "")
     hole = host.get(wal_name(1, 4))
     assert hole.returncode > 125 and wal_name(1, 5) in hole.stderr
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_largest_segments_pass_in_little_memory(tmp_path: Path, compression: str) -> None:
+    size = 1024 * MIB
+    folder = make_repository(tmp_path / "repository", size=size)
+    settings = {"repository": folder.repository, "compression": compression}
+    install(str(tmp_path / "pitr"), CLUSTER, settings, interpreters()[0])
+    (tmp_path / "pg_wal").mkdir()
+    name = wal_name(1, 3, size)
+    with open(tmp_path / "pg_wal" / name, "wb") as stream:
+        stream.write(header(address=3 * size, size=size))
+        stream.truncate(size)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (300 * MIB, 300 * MIB))
+
+    for arguments in (("push", CLUSTER, f"pg_wal/{name}"), ("get", CLUSTER, name, "pg_wal/RECOVERYXLOG")):
+        result = subprocess.run(
+            [str(tmp_path / "pitr" / COMMAND), *arguments], cwd=tmp_path, env={"PATH": "/usr/bin:/bin"},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, preexec_fn=limit,
+        )  # fmt: skip
+        assert (result.returncode, result.stderr) == (0, "")
+    fetched = tmp_path / "pg_wal" / "RECOVERYXLOG"
+    with open(fetched, "rb") as stream:
+        assert stream.read(40) == header(address=3 * size, size=size)
+    assert fetched.stat().st_size == size
+    # A gigabyte is not left lying about until the tests' directory is removed.
+    shutil.rmtree(tmp_path)
 
 
 def test_absent_files_of_all_kinds_exit_1(host: Host) -> None:
