@@ -27,7 +27,6 @@ from typing import Any
 from . import codec, encryption, locks
 from .catalog import Backup, StoredFile, Tablespace
 from .errors import PitrError
-from .index import scan
 from .postgres import Login, binary, binary_version, query, run
 from .repository import (
     BACKUP_FILE,
@@ -38,7 +37,7 @@ from .repository import (
 )
 from .timeline import parse_history
 from .tree import LOCAL, Tree, fsync_directory, make_directory, temporary_name
-from .wal import Lsn, history_name
+from .wal import Lsn, WalFile, history_name, segment_name
 
 MANIFEST = "backup_manifest"
 KEEP_FILE = "keep.json"
@@ -418,12 +417,12 @@ class BaseBackup:
     def _await_wal(self, backup: Backup) -> None:
         """The server says that the backup's WAL is archived; see that it is archived *here*."""
         size = backup.wal_segment_size
-        first = backup.start_lsn.segment_number(size)
-        last = backup.stop_lsn.previous_segment_number(size)
+        numbers = range(backup.start_lsn.segment_number(size), backup.stop_lsn.previous_segment_number(size) + 1)
+        missing = [segment_name(backup.timeline, number, size) for number in numbers]
         deadline = time.monotonic() + min(self._archive_timeout, 30)
         while True:
-            index = scan(self._folder)
-            missing = [index.name(backup.timeline, number) for number in index.missing(backup.timeline, first, last)]
+            # What was seen stays: nothing of a backup that is being taken is removed.
+            missing = [name for name in missing if not self._is_archived(name)]
             if not missing:
                 return
             if time.monotonic() > deadline:
@@ -432,6 +431,9 @@ class BaseBackup:
                     f" {self._folder.archive_path()}. It archives somewhere else. The backup was removed again."
                 )
             time.sleep(0.2)
+
+    def _is_archived(self, name: str) -> bool:
+        return self._folder.tree.exists(self._folder.wal_path(WalFile.parse(name)))
 
     def _keep_history(self, timeline: int) -> None:
         """Get the history file of the backup's timeline into the archive.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 from typing import Any
 
@@ -23,10 +24,10 @@ from .errors import PitrError
 from .index import ArchiveIndex, scan
 from .info import range_bytes
 from .repository import BACKUP_FILE, Chapter, ClusterFolder, write_json
-from .retention import Circumstances, ExpirePlan, Policy, WalRange, plan
+from .retention import Circumstances, ExpirePlan, Floor, Policy, WalRange, plan
 from .sizes import Sizes
 from .tree import fsync_directory
-from .wal import WalFile, is_log
+from .wal import Lsn, WalFile, is_log
 
 SUFFIX = ".expired"
 MAX_LISTED = 100
@@ -107,7 +108,7 @@ class Expiry:
         busy: dict[str, str] = {}
         while True:
             held = {**self._held(backups), **busy}
-            taken, unclear = locks.floors(self._folder)
+            taken, unclear = floors(self._folder)
             doubts = [f"the backup {label} is being taken and does not tell what it needs" for label in unclear]
             known = {backup.label for backup in stored_backups(self._folder)}
             for label, lease in locks.leases(self._folder).items():
@@ -258,6 +259,19 @@ class Expiry:
                     with contextlib.suppress(OSError):
                         os.rmdir(directory)
                         fsync_directory(archive)
+
+
+def floors(folder: ClusterFolder) -> tuple[list[Floor], list[str]]:
+    """Backups being taken now, and the labels of those that do not tell from where they need WAL."""
+    found: list[Floor] = []
+    unclear: list[str] = []
+    for label, text in locks.taken(folder):
+        try:
+            value = json.loads(text or "")
+            found.append(Floor(int(value["timeline"]), Lsn.parse(value["lsn"]), label))
+        except (ValueError, KeyError, TypeError, PitrError):
+            unclear.append(label)
+    return found, unclear
 
 
 def _covers(item: WalRange, attached: Any) -> bool:

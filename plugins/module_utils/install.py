@@ -32,6 +32,7 @@ FILES = (
     "encryption",
     "errors",
     "fast",
+    "locks",
     "receiver",
     "remote",
     "repository",

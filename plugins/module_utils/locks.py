@@ -19,7 +19,6 @@ from collections.abc import Iterator
 
 from .errors import PitrError
 from .repository import LEASE, USE, ClusterFolder
-from .retention import Floor
 from .tree import make_directory
 from .wal import Lsn
 
@@ -35,7 +34,7 @@ class InUseError(PitrError):
     """Somebody else holds the lock."""
 
 
-def _acquire(path: str, shared: bool) -> int:
+def acquire(path: str, shared: bool = False) -> int:
     """A descriptor that holds the lock. Raises InUseError, or OSError where locks cannot be had."""
     while True:
         make_directory(os.path.dirname(path))
@@ -62,7 +61,7 @@ def held(folder: ClusterFolder, name: str, shared: bool = False) -> Iterator[int
     Raises InUseError when somebody else has it, OSError where locks cannot be had.
     """
     path = os.path.join(folder.locks_path, name)
-    descriptor = _acquire(path, shared)
+    descriptor = acquire(path, shared)
     try:
         yield descriptor
     finally:
@@ -129,12 +128,9 @@ def taking(folder: ClusterFolder, label: str, timeline: int, lsn: Lsn) -> Iterat
         yield
 
 
-def floors(folder: ClusterFolder) -> tuple[list[Floor], list[str]]:
-    """Backups being taken now, and the labels of those that do not tell from where they need WAL."""
-    found: list[Floor] = []
-    unclear: list[str] = []
+def taken(folder: ClusterFolder) -> Iterator[tuple[str, str | None]]:
+    """Labels of backups that are being taken now, each with what :func:`taking` wrote; None when it cannot be read."""
     for name in _names(folder, _TAKE):
-        label = name[len(_TAKE) :]
         try:
             with held(folder, name):
                 continue
@@ -142,13 +138,11 @@ def floors(folder: ClusterFolder) -> tuple[list[Floor], list[str]]:
             pass
         try:
             with open(os.path.join(folder.locks_path, name), encoding="ascii") as stream:
-                value = json.load(stream)
-            found.append(Floor(int(value["timeline"]), Lsn.parse(value["lsn"]), label))
+                yield name[len(_TAKE) :], stream.read()
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError, PitrError):
-            unclear.append(label)
-    return found, unclear
+        except (OSError, ValueError):
+            yield name[len(_TAKE) :], None
 
 
 def new_lease(label: str) -> str:

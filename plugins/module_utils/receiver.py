@@ -15,7 +15,6 @@ Started by systemd or by the module ``receiver`` with ``python3 -I -S``, so it n
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -25,7 +24,7 @@ import sys
 import time
 from typing import Any
 
-from . import archive, codec
+from . import archive, codec, locks
 from .errors import PitrError
 from .repository import Chapter, ClusterFolder
 from .spool import (
@@ -253,15 +252,10 @@ def lock_path(folder: ClusterFolder, name: str = LOCK_FILE) -> str:
 
 def try_lock(path: str) -> int | None:
     """Take a lock that dies with its holder; None when somebody has it."""
-    if not os.path.isdir(os.path.dirname(path)):
-        make_directory(os.path.dirname(path))
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+        return locks.acquire(path)
+    except locks.InUseError:
         return None
-    return descriptor
 
 
 def holders(path: str) -> list[int]:

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import signal
 import stat
 import sys
 from types import FrameType
 
-from . import codec
+from . import codec, locks
 from .archive import check_segment
 from .errors import PitrError
 from .repository import (
@@ -32,7 +31,6 @@ from .repository import (
     CLUSTER_FILE,
     LEASE,
     MARKER,
-    USE,
     Chapter,
     ClusterFolder,
     require_directory,
@@ -148,14 +146,11 @@ class Server:
             raise PitrError(f"{self._folder.locks_path} has {MOST_LEASES} leases already. Refused.")
         self._folder.touch_lease(name[len(LEASE) :])
         # Whoever removes it looked at the leases before he took this lock.
-        with contextlib.suppress(FileNotFoundError):
-            descriptor = os.open(os.path.join(self._folder.locks_path, USE + label), os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise PitrError(f"The backup {label} {BEING_REMOVED}.") from None
-            finally:
-                os.close(descriptor)
+        try:
+            with locks.reading(self._folder, label):
+                pass
+        except locks.InUseError:
+            raise PitrError(f"The backup {label} {BEING_REMOVED}.") from None
 
     def _open(self, place: object) -> None:
         path = self._readable(place)

@@ -21,7 +21,7 @@ import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import extract, locks
 from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import stored_backups
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
-from ansible_collections.pgdrill.pitr.plugins.module_utils.expire import Expiry
+from ansible_collections.pgdrill.pitr.plugins.module_utils.expire import Expiry, floors
 from ansible_collections.pgdrill.pitr.plugins.module_utils.index import scan
 from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Restore as Engine
 from ansible_collections.pgdrill.pitr.plugins.module_utils.retention import Policy
@@ -165,7 +165,7 @@ def test_backup_that_is_being_taken_is_not_harmed(sandbox: Callable[..., Sandbox
     worker.start()
     runs = during = 0
     while worker.is_alive():
-        during += bool(locks.floors(primary.folder)[0])
+        during += bool(floors(primary.folder)[0])
         expire(primary)
         runs += 1
         primary.fill(1)

@@ -34,7 +34,6 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import (
 )
 from ansible_collections.pgdrill.pitr.plugins.module_utils.catalog import StoredFile, Tablespace
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
-from ansible_collections.pgdrill.pitr.plugins.module_utils.index import scan
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import (
     BACKUP_FILE,
@@ -472,15 +471,16 @@ def test_verification_can_be_left_out_and_is_not_claimed_then(site: Site) -> Non
 def test_wal_that_comes_late_is_waited_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     archive_elsewhere(site)
     looks = 0
+    look = module.BaseBackup._is_archived
 
-    def look(folder: ClusterFolder) -> object:
+    def looking(work: module.BaseBackup, name: str) -> bool:
         nonlocal looks
         looks += 1
         if looks == 3:
             site.archive(3)
-        return scan(folder)
+        return look(work, name)
 
-    monkeypatch.setattr(module, "scan", look)
+    monkeypatch.setattr(module.BaseBackup, "_is_archived", looking)
     assert site.work().take() in stored_backups(site.folder)
     assert looks == 3
 

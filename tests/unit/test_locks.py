@@ -16,6 +16,7 @@ import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import locks
 from ansible_collections.pgdrill.pitr.plugins.module_utils.archive import Absent, get
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
+from ansible_collections.pgdrill.pitr.plugins.module_utils.expire import floors
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 from ansible_collections.pgdrill.pitr.plugins.module_utils.retention import Floor
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import Lsn
@@ -66,17 +67,17 @@ def test_backup_that_is_read_cannot_be_removed_until_its_reader_dies(folder: Clu
 
 
 def test_backup_that_is_being_taken_tells_what_it_needs_until_it_dies(folder: ClusterFolder) -> None:
-    assert locks.floors(folder) == ([], [])
+    assert floors(folder) == ([], [])
     taker = holder(folder, "taking(FOLDER, 'b1', 3, locks.Lsn(4711))")
-    assert locks.floors(folder) == ([Floor(3, Lsn(4711), "b1")], [])
+    assert floors(folder) == ([Floor(3, Lsn(4711), "b1")], [])
     kill(taker)
-    assert locks.floors(folder) == ([], [])
+    assert floors(folder) == ([], [])
     assert os.listdir(folder.locks_path) == []
 
 
 def test_backup_that_does_not_tell_what_it_needs_is_named(folder: ClusterFolder) -> None:
     with locks.held(folder, "take-b7"):
-        assert locks.floors(folder) == ([], ["b7"])
+        assert floors(folder) == ([], ["b7"])
 
 
 def test_lock_file_that_its_holder_has_removed_meanwhile_is_no_lock(folder: ClusterFolder) -> None:
