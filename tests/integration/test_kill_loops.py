@@ -172,6 +172,8 @@ def command(argv_of: Callable[[Field], list[str]], check: Callable[[Field, int],
             members = [field.chance.choice(members)]
         hit = [_strike(pid) for pid in members]
         code = process.wait()
+        # Who outlives the one that was hit may still deliver, which is to be looked at before expire has its turn.
+        until(lambda: not _living(lambda _pid, _parent, session: session == process.pid), f"the end of {name}")
         check(field, code)
         return any(hit) and code != 0
 
