@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -117,3 +117,49 @@ class Backup:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PitrError(f"a backup's description is damaged: {type(error).__name__} {error}") from None
+
+
+class ChainError(PitrError):
+    """A backup's chain is broken. ``at`` is the backup whose parent is not there."""
+
+    def __init__(self, at: Backup, message: str) -> None:
+        self.at = at
+        super().__init__(message)
+
+
+def chain(backup: Backup, by_label: Mapping[str, Backup]) -> tuple[Backup, ...]:
+    """The backups that a restore of this one combines: the full one first, this one last.
+
+    Raises ChainError when a link is missing ("Incremental Backup" of the PostgreSQL documentation: it is for the user
+    to keep track of which backups others need).
+    """
+    links = [backup]
+    while links[-1].type != "full" or links[-1].parent is not None:
+        at = links[-1]
+        if at.parent is None:
+            raise ChainError(at, f"{at.label} is not full, and names no parent")
+        if at.parent in {link.label for link in links}:
+            raise ChainError(at, f"the parents of {at.label} are a circle")
+        parent = by_label.get(at.parent)
+        if parent is None:
+            raise ChainError(at, f"the parent {at.parent} of {at.label} is missing")
+        links.append(parent)
+    return tuple(reversed(links))
+
+
+def broken_chains(backups: Sequence[Backup], damaged: Mapping[str, str]) -> dict[str, str]:
+    """Label to reason, for every backup of which a link is missing or, by ``damaged`` (label to reason), damaged."""
+    by_label = {backup.label: backup for backup in backups}
+    result = {}
+    for backup in backups:
+        try:
+            links = chain(backup, by_label)
+        except ChainError as error:
+            result[backup.label] = damaged.get(backup.label) or error.message
+            continue
+        for link in reversed(links):
+            if link.label in damaged:
+                why = damaged[link.label]
+                result[backup.label] = why if link is backup else f"{link.label}, which it builds upon: {why}"
+                break
+    return result

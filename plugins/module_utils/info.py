@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .backup import damaged_backups, keep_mark, stored_backups
-from .catalog import Backup
+from .catalog import Backup, broken_chains
 from .encryption import LockedError
 from .index import ArchiveIndex, scan
 from .plan import reachable_end
@@ -167,7 +167,7 @@ def backup_info(folder: ClusterFolder, chapter: Chapter | None = None) -> dict[s
     """Backups of all chapters and, for those of one, the span of points that can be restored from each (its window)."""
     chapter = chapter or folder.chapter
     backups = stored_backups(folder)
-    damaged = damaged_backups(folder, backups)
+    damaged = broken_chains(backups, damaged_backups(folder, backups))
     index = scan(folder, chapter)
     numbers = {each.system_identifier: each.number for each in folder.chapters}
     windows = [

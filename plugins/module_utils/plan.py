@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .catalog import Backup
+from .catalog import Backup, broken_chains, chain
 from .errors import PitrError
 from .index import ArchiveIndex
 from .target import RecoveryTarget, format_time
@@ -83,11 +83,14 @@ class RestorePlan:
     notes: tuple[str, ...] = ()
     from_receiver: tuple[str, ...] = ()
     at_least: Lsn | None = None
+    # What the restored directory is made of: the full backup first, ``backup`` last.
+    chain: tuple[Backup, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For a module's result."""
         return {
             "backup": self.backup.label,
+            "chain": [link.label for link in self.chain],
             "backup_timeline": self.backup.timeline,
             "start_lsn": str(self.backup.start_lsn),
             "consistent_lsn": str(self.backup.stop_lsn),
@@ -140,6 +143,7 @@ def plan(
         )
     timeline = target_timeline(target, tree, backups, choice)
     related = candidates(backups, tree, timeline, choice)
+    damaged = broken_chains(backups, damaged)
     whole = [backup for backup in related if backup.label not in damaged]
     if not whole:
         named = "; ".join(f"{backup.label}: {damaged[backup.label]}" for backup in related)
@@ -160,7 +164,8 @@ def plan(
         nearest = f"The earliest restorable point is {format_time(oldest.stopped_at)}, LSN {oldest.stop_lsn}."
         raise RefusedError([Refusal(code, message + f" ({oldest.label}).", nearest)])
     backup = max(fitting, key=lambda item: (item.stop_lsn, item.started_at))
-    return _with_wal(backup, index, target, timeline, location, last_commit, damaged)
+    result = _with_wal(backup, index, target, timeline, location, last_commit, damaged)
+    return replace(result, chain=chain(backup, {each.label: each for each in backups}))
 
 
 def target_timeline(target: RecoveryTarget, tree: TimelineTree, backups: Sequence[Backup], choice: str) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .catalog import Backup
+from .catalog import Backup, broken_chains
 from .errors import PitrError
 from .index import ArchiveIndex
 from .plan import MAX_NAMED, spans_from
@@ -141,29 +141,12 @@ def why_not_restorable(backups: Sequence[Backup], index: ArchiveIndex, damaged: 
     A damaged file, a hole in the WAL from its start to its stop, a missing history file, or a parent with a damaged
     file. What is built upon a parent needs its files, and not the WAL that would make it consistent by itself.
     """
-    by_label = {backup.label: backup for backup in backups}
-    own = {}
+    result = broken_chains(backups, damaged)
     for backup in backups:
         names = missing_wal(backup, index)
-        lost = f"missing WAL: {', '.join(names[:MAX_NAMED])}{' and more' if len(names) > MAX_NAMED else ''}"
-        own[backup.label] = damaged.get(backup.label) or (lost if names else "")
-    result = {}
-    for backup in backups:
-        seen: set[str] = set()
-        at: Backup | None = backup
-        while at is not None:
-            why = own[at.label] if at is backup else damaged.get(at.label, "")
-            if at.label in seen:
-                why = "its chain of parents is a circle"
-            elif not why and at.type != "full" and at.parent is None:
-                why = "its parent is not known"
-            elif not why and at.parent is not None and at.parent not in by_label:
-                why = f"its parent {at.parent} is missing"
-            if why:
-                result[backup.label] = why if at is backup else f"{at.label}, which it builds upon: {why}"
-                break
-            seen.add(at.label)
-            at = by_label[at.parent] if at.parent is not None else None
+        if names and backup.label not in result:
+            lost = f"{', '.join(names[:MAX_NAMED])}{' and more' if len(names) > MAX_NAMED else ''}"
+            result[backup.label] = f"missing WAL: {lost}"
     return result
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from . import codec, encryption
 from .backup import KEEP_FILE, MANIFEST, open_tar, sha256
-from .catalog import Backup
+from .catalog import Backup, ChainError, chain
 from .errors import PitrError
 from .index import ArchiveIndex
 from .plan import spans_from
@@ -159,18 +159,10 @@ class Verification:
 
     def _parents(self, backup: Backup) -> list[Damage]:
         """The backups that an incremental one builds upon are there; they are verified on their own."""
-        at = backup
-        seen = {backup.label}
-        while at.type != "full" or at.parent is not None:
-            path = self._path(at, BACKUP_FILE)
-            if at.parent is None:
-                return [Damage(backup.label, path, f"{at.label} is not full, and names no parent")]
-            if at.parent in seen:
-                return [Damage(backup.label, path, f"the parents of {at.label} are a circle")]
-            if at.parent not in self._by_label:
-                return [Damage(backup.label, path, f"the parent {at.parent} of {at.label} is missing")]
-            seen.add(at.parent)
-            at = self._by_label[at.parent]
+        try:
+            chain(backup, self._by_label)
+        except ChainError as error:
+            return [Damage(backup.label, self._path(error.at, BACKUP_FILE), error.message)]
         return []
 
     # --- WAL

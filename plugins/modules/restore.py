@@ -189,6 +189,7 @@ plan:
   type: dict
   sample:
     backup: 20260301T142959Z-full
+    chain: [20260301T142959Z-full]
     backup_timeline: 1
     start_lsn: 0/2000028
     consistent_lsn: 0/2000120
@@ -259,7 +260,8 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
     ssh_argument_spec,
     ssh_settings,
 )
-from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import ARCHIVE_AFTER, Request, Restore, settle, undo
+from ansible_collections.pgdrill.pitr.plugins.module_utils.request import ARCHIVE_AFTER, Request
+from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Restore, settle, undo
 
 TARGET_OPTIONS: dict[str, dict[str, Any]] = {
     "recovery_target_time": {"type": "str"},

@@ -42,7 +42,8 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import (
 from ansible_collections.pgdrill.pitr.plugins.module_utils.probe import Archived, Probe
 from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery import Reached, Recovery
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import Chapter, ClusterFolder
-from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Request, Restore, Result
+from ansible_collections.pgdrill.pitr.plugins.module_utils.request import Request
+from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Restore, Result
 from ansible_collections.pgdrill.pitr.plugins.module_utils.target import format_time
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import Lsn
 
@@ -418,7 +419,8 @@ def cut(path: Path, keep: float = 0.5) -> None:
 
 _CHILD = """
 import json, os, signal, sys
-from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Request, Restore
+from ansible_collections.pgdrill.pitr.plugins.module_utils.request import Request
+from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Restore
 {prelude}
 restore = Restore(Request(**json.loads(sys.argv[1])))
 plan = restore.plan()

@@ -22,7 +22,7 @@ import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import codec
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import control_data
-from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Request
+from ansible_collections.pgdrill.pitr.plugins.module_utils.request import Request
 from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Restore as Engine
 from ansible_collections.pgdrill.pitr.tests.integration.support import (
     SEGMENT_SIZE,

@@ -157,6 +157,7 @@ def test_plan_is_told_in_full() -> None:
     shown = plan([B1], WHOLE, target(target_lsn="0/300010", target_inclusive=False, target_action="pause")).to_dict()
     assert shown == {
         "backup": "b1",
+        "chain": ["b1"],
         "backup_timeline": 1,
         "start_lsn": str(B1.start_lsn),
         "consistent_lsn": str(B1.stop_lsn),

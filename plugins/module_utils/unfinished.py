@@ -1,0 +1,111 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Data directories of restores that are not complete, or complete and not accepted: how they are told from others."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from . import extract, recovery_conf
+from .catalog import Backup
+from .repository import write_json
+from .request import Request
+
+IN_PROGRESS = "pitr-restoring.json"
+
+
+class Marker:
+    """Says in the directory that it is not complete, of which cluster it is, and how much of it is there.
+
+    The next try after a kill reads from it where the old directory is and which tablespace directories it may clear.
+    """
+
+    def __init__(self, path: str, backup: Backup, moved_aside: str, locations: Mapping[int, str]) -> None:
+        self._path = path
+        self._facts = {"format": 1, "system_identifier": backup.system_identifier, "backup": backup.label}
+        self._left = {"moved_aside": moved_aside, "locations": sorted(locations.values())}
+        self._total = backup.database_bytes
+        self._done = 0
+        self.write()
+
+    def add(self, count: int) -> None:
+        """Count bytes; write the sum down once a second."""
+        self._done += count
+        if time.monotonic() - self._written_at >= 1:
+            self.write()
+
+    def write(self) -> None:
+        """Write the marker anew, on stable storage."""
+        write_json(self._path, {**self._facts, **self._left, "bytes": self._done, "total_bytes": self._total})
+        self._written_at = time.monotonic()
+
+
+def left_behind(pgdata: str, system_identifier: str) -> dict[str, Any] | None:
+    """What a killed restore of this cluster says of itself, None when the directory is something else.
+
+    It has the marker, and no pg_control yet. Empty when it was killed before it had written the marker.
+    """
+    if os.path.lexists(os.path.join(pgdata, extract.PG_CONTROL)):
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        names = os.listdir(pgdata)
+        if names and all(name.startswith(f".{IN_PROGRESS}.") for name in names):
+            return {}
+        with open(os.path.join(pgdata, IN_PROGRESS), encoding="utf-8") as stream:
+            found = json.load(stream)
+        if isinstance(found, dict) and found.get("system_identifier") == system_identifier:
+            return found
+    return None
+
+
+def unaccepted(request: Request) -> bool:
+    """Whether this is a restored cluster that nobody has accepted: its recovery settings are still there.
+
+    The settings may lie outside the data directory. That they belong to it is told by the backup's label in it.
+    """
+    planned = recovery_conf.planned(request.configuration)
+    if planned is None:
+        return False
+    for name in ("backup_label", "backup_label.old"):
+        with contextlib.suppress(OSError), open(os.path.join(request.pgdata, name), "rb") as stream:
+            if f"LABEL: {planned.get('backup')}".encode() in stream.read().splitlines():
+                return True
+    return False
+
+
+def foreign_content(location: str, left_behind: bool) -> bool:
+    """Whether a tablespace directory holds something that no restore has put there.
+
+    A server, and so a restore, makes one directory in it (GetTablespaceVersionDirectory).
+    """
+    names = os.listdir(location)
+    return any(not name.startswith("PG_") for name in names) if left_behind else bool(names)
+
+
+def empty(location: str) -> None:
+    """Remove what a restore has put into a tablespace directory."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(location):
+            if name.startswith("PG_"):
+                shutil.rmtree(os.path.join(location, name), ignore_errors=True)
+
+
+def remove_incomplete(directory: str) -> None:
+    """Remove a directory that is not complete, its marker last: a kill in between leaves what the next try knows."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(directory):
+            path = os.path.join(directory, name)
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path, ignore_errors=True)
+            elif name != IN_PROGRESS:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+    shutil.rmtree(directory, ignore_errors=True)
