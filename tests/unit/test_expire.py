@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ansible_collections.pgdrill.pitr.plugins.module_utils import locks
+from ansible_collections.pgdrill.pitr.plugins.module_utils import expire, locks
 from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import keep_mark, stored_backups
 from ansible_collections.pgdrill.pitr.plugins.module_utils.catalog import StoredFile
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
@@ -26,6 +26,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.index import scan
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import archive_info
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import Chapter, ClusterFolder, create
 from ansible_collections.pgdrill.pitr.plugins.module_utils.retention import Policy, why_not_restorable
+from ansible_collections.pgdrill.pitr.plugins.module_utils.sizes import Sizes
 from ansible_collections.pgdrill.pitr.tests.unit.support import (
     EPOCH,
     MIB,
@@ -126,6 +127,30 @@ def test_check_lists_what_goes_and_touches_nothing(folder: ClusterFolder) -> Non
     diff = as_diff(told)
     assert "backup b4092\n" in diff["before"] and "b4092" not in diff["after"] and "backup b4105\n" in diff["after"]
     assert f"WAL {wal_name(1, 4090)} to {wal_name(1, 4104)}, 15 segments, 150 bytes\n" in diff["before"]
+
+
+def test_check_sees_who_reads_a_backup(folder: ClusterFolder) -> None:
+    label = expiry(folder).run(check=True)["expired_backups"][0]["backup"]
+    with locks.reading(folder, label):
+        told = expiry(folder).run(check=True)
+    assert label not in [item["backup"] for item in told["expired_backups"]]
+
+
+def test_nobody_is_refused_because_somebody_looks(folder: ClusterFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    class Looking(Sizes):
+        """Comes last in a look, when everything that would be locked is."""
+
+        def __init__(self, archive: str, logs: list[str]) -> None:
+            for label in labels(folder):
+                with locks.reading(folder, label):
+                    read.append(label)
+            super().__init__(archive, logs)
+
+    monkeypatch.setattr(expire, "Sizes", Looking)
+    expiry(folder).run(check=True)
+    assert read == labels(folder)
 
 
 def test_archive_info_tells_beforehand_what_no_backup_needs(folder: ClusterFolder) -> None:

@@ -466,6 +466,7 @@ def test_refused_segment_leaves_no_folder_behind(talk: Callable[..., Talk], fold
     name = wal_name(1, 9 * 4096 + 5)
     refused(talk("write").add(f"{PLACE}/{name[:16]}/{name}", gzip.compress(segment(1, 5))))
     assert tree(folder.repository) == before
+    assert not Path(folder.archive_path(), name[:16]).exists()
     impossible = f"{name[:16]}FFFFFFFF"
     assert "cannot be a segment" in refused(talk("write").add(f"{PLACE}/{name[:16]}/{impossible}", b"x"))
 
