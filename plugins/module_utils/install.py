@@ -40,6 +40,7 @@ FILES = (
     "spool",
     "timeline",
     "tree",
+    "upstream",
     "wal",
     "wire",
 )

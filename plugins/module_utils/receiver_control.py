@@ -18,19 +18,11 @@ from typing import Any
 
 from .errors import PitrError
 from .install import COMMAND
-from .receiver import (
-    Primary,
-    Settings,
-    holders,
-    lock_path,
-    read_settings,
-    read_status,
-    settings_path,
-    try_lock,
-)
+from .receiver import holders, lock_path, read_status, try_lock
 from .recovery import log_tail
 from .repository import ClusterFolder, write_atomic
 from .tree import fsync_directory
+from .upstream import Primary, Settings, read_settings, settings_path
 
 # Seconds for a killed process to let go of its files.
 DYING_SECONDS = 3.0

@@ -25,11 +25,11 @@ from .index import scan
 from .plan import RestorePlan
 from .planning import Planner
 from .postgres import binary, control_data, run, running_pid, shell_command
-from .receiver import ACCEPTED
 from .repository import BEING_REMOVED
 from .request import Request
 from .tree import fsync_directory
 from .unfinished import IN_PROGRESS, Marker, empty, left_behind, remove_incomplete, unaccepted
+from .upstream import ACCEPTED
 from .wal import WalFile
 
 

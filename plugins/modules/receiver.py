@@ -153,8 +153,8 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
     repository_argument_spec,
     run_module,
 )
-from ansible_collections.pgdrill.pitr.plugins.module_utils.receiver import Settings, default_slot
 from ansible_collections.pgdrill.pitr.plugins.module_utils.receiver_control import Control, Request
+from ansible_collections.pgdrill.pitr.plugins.module_utils.upstream import Settings, default_slot
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **login_argument_spec(),

@@ -14,14 +14,10 @@ from typing import Any
 
 from ansible_collections.pgdrill.pitr.plugins.module_utils import codec
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import query
-from ansible_collections.pgdrill.pitr.plugins.module_utils.receiver import (
-    STREAM_LOCK_FILE,
-    Settings,
-    holders,
-    lock_path,
-)
+from ansible_collections.pgdrill.pitr.plugins.module_utils.receiver import STREAM_LOCK_FILE, holders, lock_path
 from ansible_collections.pgdrill.pitr.plugins.module_utils.receiver_control import Control, Request
 from ansible_collections.pgdrill.pitr.plugins.module_utils.spool import spool_path
+from ansible_collections.pgdrill.pitr.plugins.module_utils.upstream import Settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import Lsn
 from ansible_collections.pgdrill.pitr.tests.integration.support import (
     CLUSTER,
