@@ -208,9 +208,8 @@ class BaseBackup:
             " (SELECT enumvals FROM pg_settings WHERE name = 'wal_compression'), pg_is_in_recovery(),"
             " clock_timestamp(), current_setting('summarize_wal', true)",
         )[0]
-        names = ("system_identifier", "version", "archive_mode", "wal_segment_size", "compressions", "standby", "now")
-        names += ("summarize_wal",)
-        facts = dict(zip(names, row))
+        names = ["system_identifier", "version", "archive_mode", "wal_segment_size", "compressions", "standby", "now"]
+        facts = dict(zip([*names, "summarize_wal"], row))
         if self._folder.recipients:
             encryption.encrypt_argv(self._folder.recipients)
         chapter = self._folder.require(facts["system_identifier"])
@@ -351,8 +350,8 @@ class BaseBackup:
         if process.returncode != 0:
             if self.parent is not None and any(words in said for words in _NO_SUMMARIES):
                 raise BasisError(
-                    f"The WAL summaries of {self._login} are not enough to build upon {self.parent.label}, which began at"
-                    f" LSN {self.parent.start_lsn} (a full backup needs none; the server's log may tell more): {said}."
+                    f"The WAL summaries of {self._login} are not enough to build upon {self.parent.label}, which began"
+                    f" at LSN {self.parent.start_lsn} (a full backup needs none; the server's log may tell more): {said}."
                 )
             raise PitrError(f"pg_basebackup from {self._login} failed: {said}")
 

@@ -135,7 +135,7 @@ class Combination:
         progress: Callable[[int], None],
         tree: Tree = LOCAL,
     ) -> None:
-        """``locations``: where each tablespace of the last link goes. ``progress`` is given bytes, also none of them."""
+        """``locations``: where each tablespace of the last link goes. ``progress`` is given bytes, also 0."""
         self._chain = chain
         self._stored = backups_path
         self._pgdata = pgdata

@@ -34,23 +34,23 @@ attributes:
 options:
   type:
     description:
-      - V(incremental) holds what has changed since its parent, and needs PostgreSQL 17 and C(summarize_wal). It can only be
-        restored together with all that it builds upon.
-      - V(auto) is a full backup when one is due (O(full_every), O(max_chain)) or an incremental one cannot be taken, and
-        else an incremental one. RV(type_reason) tells why.
+      - V(incremental) holds what has changed since its parent, and needs PostgreSQL 17 and C(summarize_wal). It can
+        only be restored together with all that it builds upon.
+      - V(auto) is a full backup when one is due (O(full_every), O(max_chain)) or an incremental one cannot be taken,
+        and else an incremental one. RV(type_reason) tells why.
     type: str
     choices: [full, incremental, auto]
     default: full
   parent:
     description:
-      - Label of the backup that an incremental one builds upon. Without one it is the newest whole backup of this cluster
-        that is part of the server's own past. Only with O(type=incremental).
+      - Label of the backup that an incremental one builds upon. Without one it is the newest whole backup of this
+        cluster that is part of the server's own past. Only with O(type=incremental).
     type: str
     default: ''
   full_every:
     description:
-      - With O(type=auto) a full backup is due when the chain's full one is so old, for example V(7 days). Units are C(min),
-        C(h), C(d) and C(weeks). Empty for never.
+      - With O(type=auto) a full backup is due when the chain's full one is so old, for example V(7 days). Units are
+        C(min), C(h), C(d) and C(weeks). A twentieth of it, at most an hour, less will do. Empty for never.
     type: str
     default: 7 days
   max_chain:
@@ -60,8 +60,8 @@ options:
     default: 24
   identity:
     description:
-      - Path of a file with age identities, to read the manifest of an encrypted parent. Without one no incremental backup
-        can build upon an encrypted one, and O(type=auto) takes full ones.
+      - Path of a file with age identities, to read the manifest of an encrypted parent. Without one no incremental
+        backup can build upon an encrypted one, and O(type=auto) takes full ones.
     type: path
     default: ''
   label:
