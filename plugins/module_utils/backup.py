@@ -22,7 +22,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import codec, encryption, locks
 from .catalog import Backup, StoredFile, Tablespace
@@ -39,9 +39,14 @@ from .timeline import parse_history
 from .tree import LOCAL, Tree, fsync_directory, make_directory, temporary_name
 from .wal import Lsn, WalFile, history_name, segment_name
 
+if TYPE_CHECKING:
+    from .incremental import Basis
+
 MANIFEST = "backup_manifest"
 KEEP_FILE = "keep.json"
 _RANGE = re.compile(rb'\{ "Timeline": (\d+), "Start-LSN": "([0-9A-F/]+)", "End-LSN": "([0-9A-F/]+)" \}')
+# What the server says when it cannot tell what has changed (basebackup_incremental.c, walsummarizer.c).
+_NO_SUMMARIES = ("WAL summaries are required", "WAL summarization is not progressing", "unless WAL summarization is")
 _SIZE = re.compile(rb'^\{ "(?:Encoded-)?Path": .*?, "Size": (\d+),')
 
 
@@ -155,6 +160,10 @@ def sha256(path: str, tree: Tree = LOCAL) -> str:
         source.close()
 
 
+class BasisError(PitrError):
+    """No incremental backup can be taken now; a full one can. The message is a reason, and says no more."""
+
+
 class BaseBackup:
     """One base backup, from the first question to the server to the rename that makes it visible."""
 
@@ -169,10 +178,12 @@ class BaseBackup:
         verify: bool = True,
         label: str = "",
         archive_timeout: float = 600,
+        basis: Basis | None = None,
     ) -> None:
         """``archive_timeout``: seconds to wait for the backup's WAL in the archive.
 
-        ``max_rate`` as pg_basebackup takes it.
+        ``max_rate`` as pg_basebackup takes it. ``basis``: what it may build upon; without one it is full. After
+        ``check`` and ``take``, ``parent`` is the backup that was chosen, and ``reason`` why.
         """
         self._folder = folder
         self._login = login
@@ -183,6 +194,9 @@ class BaseBackup:
         self._verify = verify
         self._label = label
         self._archive_timeout = archive_timeout
+        self._basis = basis
+        self.parent: Backup | None = None
+        self.reason = ""
 
     def check(self, connection: Any) -> dict[str, Any]:
         """Everything that can be refused before the copy begins. Returns facts of the server."""
@@ -192,10 +206,10 @@ class BaseBackup:
             " current_setting('server_version_num')::int / 10000, current_setting('archive_mode'),"
             " (SELECT setting::bigint FROM pg_settings WHERE name = 'wal_segment_size'),"
             " (SELECT enumvals FROM pg_settings WHERE name = 'wal_compression'), pg_is_in_recovery(),"
-            " clock_timestamp()",
+            " clock_timestamp(), current_setting('summarize_wal', true)",
         )[0]
-        names = ("system_identifier", "version", "archive_mode", "wal_segment_size", "compressions", "standby", "now")
-        facts = dict(zip(names, row))
+        names = ["system_identifier", "version", "archive_mode", "wal_segment_size", "compressions", "standby", "now"]
+        facts = dict(zip([*names, "summarize_wal"], row))
         if self._folder.recipients:
             encryption.encrypt_argv(self._folder.recipients)
         chapter = self._folder.require(facts["system_identifier"])
@@ -219,18 +233,33 @@ class BaseBackup:
             raise PitrError(f"'{self._label}' cannot be a label: use letters, digits, dots, dashes and underscores.")
         if self._label and os.path.exists(os.path.join(self._folder.backups_path, self._label)):
             raise PitrError(f"There is a backup '{self._label}' already. No backup was taken.")
+        if self._basis is not None:
+            choice = self._basis.choose(connection, facts)
+            self.parent, self.reason = choice.parent, choice.reason
         return facts
 
     def take(self) -> Backup:
         """Take the backup. Raises PitrError; then no backup is visible and the hidden directory is gone."""
         with contextlib.closing(self._login.connect()) as connection:
             facts = self.check(connection)
-            started_at: datetime.datetime = facts["now"]
             if self._folder.recipients:
                 sweep(self._folder)
+            try:
+                return self._take(connection, facts)
+            except BasisError as error:
+                if self._basis is None or not self._basis.may_be_full:
+                    raise PitrError(f"{error.message} No backup was taken.") from None
+                self.parent, self.reason = None, error.message
+                return self._take(connection, facts)
+
+    def _take(self, connection: Any, facts: dict[str, Any]) -> Backup:
+        started_at: datetime.datetime = facts["now"]
+        stack = contextlib.ExitStack()
+        with stack:
+            if self.parent is not None and self._basis is not None:
+                stack.enter_context(self._basis.parent_held(self.parent))
             label, partial, lock = self._claim(started_at)
             final = os.path.join(self._folder.backups_path, label)
-            stack = contextlib.ExitStack()
             try:
                 # The backup will need WAL from here on; an expire must leave it.
                 timeline, lsn = query(
@@ -252,7 +281,6 @@ class BaseBackup:
                 raise
             finally:
                 os.close(lock)
-                stack.close()
         return backup
 
     def _claim(self, started_at: datetime.datetime) -> tuple[str, str, int]:
@@ -261,7 +289,8 @@ class BaseBackup:
         The lock is shared with pg_basebackup, which outlives a kill of this process. What is there without a lock was
         left behind, and is replaced.
         """
-        base = self._label or started_at.astimezone(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ-full")
+        suffix = "full" if self.parent is None else "incr"
+        base = self._label or started_at.astimezone(datetime.timezone.utc).strftime(f"%Y%m%dT%H%M%SZ-{suffix}")
         label = base
         while True:
             partial = os.path.join(self._folder.backups_path, f".{label}.partial")
@@ -293,7 +322,14 @@ class BaseBackup:
         if self._max_rate:
             argv += ["-r", self._max_rate]
         application = f"pgdrill {label}"[:63]
-        with self._login.environment() as environment, tempfile.TemporaryFile() as complaints:
+        with contextlib.ExitStack() as stack:
+            environment = stack.enter_context(self._login.environment())
+            complaints = stack.enter_context(tempfile.TemporaryFile())
+            shared = [lock]
+            if self.parent is not None and self._basis is not None:
+                manifest = stack.enter_context(self._basis.manifest(self.parent))
+                argv.append(f"--incremental=/dev/fd/{manifest}")
+                shared.append(manifest)
             environment["PGAPPNAME"] = application
             process = subprocess.Popen(
                 argv,
@@ -301,7 +337,7 @@ class BaseBackup:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=complaints,
-                pass_fds=(lock,),
+                pass_fds=shared,
             )
             try:
                 self._watch(connection, process, application)
@@ -312,6 +348,11 @@ class BaseBackup:
             complaints.seek(0)
             said = complaints.read(4000).decode(errors="replace").strip()
         if process.returncode != 0:
+            if self.parent is not None and any(words in said for words in _NO_SUMMARIES):
+                raise BasisError(
+                    f"The WAL summaries of {self._login} are not enough to build upon {self.parent.label}, which began"
+                    f" at LSN {self.parent.start_lsn} (a full backup needs none; the server's log may tell more): {said}."
+                )
             raise PitrError(f"pg_basebackup from {self._login} failed: {said}")
 
     def _watch(self, connection: Any, process: subprocess.Popen[bytes], application: str) -> None:
@@ -364,12 +405,16 @@ class BaseBackup:
         if self._verify:
             verified = self._check_content(directory, names, file_count, total)
         tablespaces = _tablespaces(os.path.join(directory, base[0]))
+        restored = changed = 0
+        if self.parent is not None and self._basis is not None:
+            tars = [os.path.join(directory, name) for name in names if name != MANIFEST]
+            restored, changed = self._basis.combined_bytes(tars)
         recipients = self._folder.recipients
         if recipients:
             names = [_encrypt(directory, name, recipients, lock) for name in names]
         return Backup(
             label=label,
-            type="full",
+            type="full" if self.parent is None else "incremental",
             system_identifier=facts["system_identifier"],
             postgresql_version=facts["version"],
             wal_segment_size=facts["wal_segment_size"],
@@ -388,6 +433,9 @@ class BaseBackup:
             tablespaces=tablespaces,
             next_xid=next_xid,
             encryption=encryption.recipients_id(recipients),
+            parent=self.parent.label if self.parent is not None else None,
+            restored_bytes=restored,
+            changed_bytes=changed,
         )
 
     def _check_content(self, directory: str, names: list[str], file_count: int, total: int) -> str:

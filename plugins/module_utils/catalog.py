@@ -64,6 +64,15 @@ class Backup:
     encryption: str = ""
     # Label of the backup that an incremental one builds upon; None for a full one.
     parent: str | None = None
+    # Of an incremental one: size of the data directory that its chain becomes, and of the files in it that are not
+    # whole in an older link. Bytes; 0 for a full one.
+    restored_bytes: int = 0
+    changed_bytes: int = 0
+
+    @property
+    def directory_bytes(self) -> int:
+        """Size of the data directory that a restore writes."""
+        return self.restored_bytes or self.database_bytes
 
     @property
     def stored_bytes(self) -> int:
@@ -114,6 +123,8 @@ class Backup:
                 next_xid=value.get("next_xid"),
                 encryption=value.get("encryption", ""),
                 parent=value.get("parent"),
+                restored_bytes=value.get("restored_bytes", 0),
+                changed_bytes=value.get("changed_bytes", 0),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PitrError(f"a backup's description is damaged: {type(error).__name__} {error}") from None

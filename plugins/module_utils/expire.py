@@ -101,12 +101,13 @@ class Expiry:
         lock.
         """
         identifier = self._chapter.system_identifier
-        backups = [b for b in stored_backups(self._folder) if b.system_identifier == identifier]
-        damaged = damaged_backups(self._folder, backups)
         written = self._written(index)
         locked: set[str] = set()
         busy: dict[str, str] = {}
         while True:
+            # Anew each time: a backup that was taken meanwhile may build upon one that was to go.
+            backups = [b for b in stored_backups(self._folder) if b.system_identifier == identifier]
+            damaged = damaged_backups(self._folder, backups)
             held = {**self._held(backups), **busy}
             taken, unclear = floors(self._folder)
             doubts = [f"the backup {label} is being taken and does not tell what it needs" for label in unclear]
@@ -128,7 +129,7 @@ class Expiry:
                         stack.enter_context(locks.exclusive_use(self._folder, label))
                     locked.add(label)
                 except locks.InUseError:
-                    busy[label] = "a restore is reading it"
+                    busy[label] = "a restore, or a backup that will build upon it, is reading it"
 
     def _held(self, backups: list[Backup]) -> dict[str, str]:
         """Label to who holds it: keep marks, leases, and files of somebody else in its directory."""

@@ -113,7 +113,7 @@ class RestorePlan:
             "segments": self.segments,
             "wal_bytes": self.wal_bytes,
             "end_lsn": str(self.end_lsn),
-            "backup_bytes": self.backup.database_bytes,
+            "backup_bytes": self.backup.directory_bytes,
             "from_receiver": list(self.from_receiver),
             "at_least": str(self.at_least) if self.at_least is not None else None,
             "notes": list(self.notes),

@@ -17,9 +17,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from . import extract, tail
+from . import combine, extract, tail
 from .backup import damaged_backups, stored_backups
-from .catalog import broken_chains
+from .catalog import Backup, broken_chains
 from .encryption import LockedError, by_recipients, check_identity, recipients_id, try_identity
 from .errors import PitrError
 from .index import ArchiveIndex, scan
@@ -124,6 +124,9 @@ class Planner:
             self._refuse("server_running", message, "Stop it first: pg_ctl stop -D, or its service.")
             return
         if not found or left_behind(pgdata, self.chapter.system_identifier) is not None:
+            if combine.is_busy(pgdata):
+                message = f"A restore into {pgdata} still combines backups: another one, or what a killed one has left."
+                self._refuse("restore_running", message, "Wait until pg_combinebackup has ended.")
             return
         if "PG_VERSION" not in found or data_version(pgdata) is None:
             self._refuse(
@@ -276,7 +279,7 @@ class Planner:
             )
         space = os.statvfs(existing)
         free = space.f_bavail * space.f_frsize
-        needed = result.backup.database_bytes + 4 * result.backup.wal_segment_size
+        needed = combine.needed_bytes(result.chain, existing) + 4 * result.backup.wal_segment_size
         if free < needed:
             message = f"{existing} has {free // 2**20} MiB free, the restore needs {needed // 2**20} MiB."
             self._refuse("space", message, "The old directory is kept beside the new one until you remove it.")
@@ -306,13 +309,9 @@ class Planner:
                 self._refuse("identity_unusable", message, "Keep it elsewhere.")
         if self._refusals:
             return
-        if result.backup.encryption:
-            stored = os.path.join(self.folder.backups_path, result.backup.label)
-            self._try(
-                "backup_damaged",
-                lambda: try_identity(tree, extract.check_manifest(result.backup, stored, tree)),
-                result.backup.encryption,
-            )
+        for link in result.chain:
+            if link.encryption and not self._refusals:
+                self._try("backup_damaged", partial(self._try_manifest, link), link.encryption)
         if not (self.folder.recipients or self.folder.former_recipients):
             # None of the WAL can be encrypted.
             return
@@ -326,6 +325,10 @@ class Planner:
             return
         for recipients, path in found.items():
             self._try("archive_damaged", partial(try_identity, tree, path), recipients)
+
+    def _try_manifest(self, link: Backup) -> None:
+        stored = os.path.join(self.folder.backups_path, link.label)
+        try_identity(self.folder.tree, extract.check_manifest(link, stored, self.folder.tree))
 
     def _try(self, code: str, action: Callable[[], None], recipients: str = "") -> None:
         """Refuse with the reason of what fails, or with ``code`` when no key is to blame."""

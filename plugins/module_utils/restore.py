@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from . import extract, locks, recovery_conf, tail
+from . import combine, extract, locks, recovery_conf, tail
 from .errors import PitrError
 from .index import scan
 from .plan import RestorePlan
@@ -118,13 +118,9 @@ class Restore:
         try:
             os.makedirs(pgdata, mode=0o700, exist_ok=True)
             os.chmod(pgdata, 0o700)
-            progress = Marker(os.path.join(pgdata, IN_PROGRESS), result.backup, moved_aside, locations)
-            stored = os.path.join(self._planner.folder.backups_path, result.backup.label)
-            extract.extract(
-                result.backup, stored, pgdata, locations, self._renewing(progress, lease), self._planner.folder.tree
-            )
-            if self._request.verify:
-                extract.verify(result.backup, stored, pgdata, self._request.bin_dir, self._planner.folder.tree)
+            total = sum(link.database_bytes for link in result.chain)
+            progress = Marker(os.path.join(pgdata, IN_PROGRESS), result.backup, moved_aside, locations, total)
+            self._bring_files(result, locations, self._renewing(progress, lease))
             extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, locations)
             self._bring_tail(result)
             recovery_conf.write(
@@ -139,6 +135,21 @@ class Restore:
             self._put_back(moved_aside, locations, progress, was_there)
             raise
         return Result(result, moved_aside, round(time.monotonic() - started, 3))
+
+    def _bring_files(self, result: RestorePlan, locations: dict[int, str], add: Callable[[int], None]) -> None:
+        """The backup, or what its chain comes to, with pg_control held back; verified when that is wanted."""
+        request = self._request
+        folder = self._planner.folder
+        if len(result.chain) > 1:
+            combination = combine.Combination(
+                result.chain, folder.backups_path, request.pgdata, locations, request.bin_dir, add, folder.tree
+            )
+            combination.perform(request.verify)
+            return
+        stored = os.path.join(folder.backups_path, result.backup.label)
+        extract.extract(result.backup, stored, request.pgdata, locations, add, folder.tree)
+        if request.verify:
+            extract.verify(result.backup, stored, request.pgdata, request.bin_dir, folder.tree)
 
     def _renewing(self, progress: Marker, lease: str) -> Callable[[int], None]:
         """Counts bytes, and renews the lease every minute of a long copy."""

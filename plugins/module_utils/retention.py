@@ -35,8 +35,13 @@ _PART = re.compile(r"\s*(\d+)\s*([a-z]+)\s*")
 CLOCK_SLACK = datetime.timedelta(minutes=5)
 
 
-def parse_window(text: str) -> datetime.timedelta:
-    """Read a span of time such as ``7 days`` or ``1 day 12 h``. Raises PitrError without units, or for nothing."""
+def parse_window(
+    text: str, option: str = "recovery_window", untouched: str = "Nothing was removed."
+) -> datetime.timedelta:
+    """Read a span of time such as ``7 days`` or ``1 day 12 h``. Raises PitrError without units, or for nothing.
+
+    ``option`` and ``untouched`` are what a message says of it.
+    """
     total = datetime.timedelta()
     position = 0
     lowered = text.lower()
@@ -45,16 +50,16 @@ def parse_window(text: str) -> datetime.timedelta:
         unit = next((name for name, words in _UNITS.items() if match and match.group(2) in words), None)
         if match is None or unit is None:
             raise PitrError(
-                f"recovery_window '{text}' is not a span of time. Write it with units, like '7 days', '12 h' or"
-                " '1 day 12 h' (min, h, days, weeks). Nothing was removed."
+                f"{option} '{text}' is not a span of time. Write it with units, like '7 days', '12 h' or"
+                f" '1 day 12 h' (min, h, days, weeks). {untouched}"
             )
         try:
             total += datetime.timedelta(**{unit: int(match.group(1))})
         except OverflowError:
-            raise PitrError(f"recovery_window '{text}' is too long. Nothing was removed.") from None
+            raise PitrError(f"{option} '{text}' is too long. {untouched}") from None
         position = match.end()
     if not total:
-        raise PitrError(f"recovery_window '{text}' is no time at all. Nothing was removed.")
+        raise PitrError(f"{option} '{text}' is no time at all. {untouched}")
     return total
 
 

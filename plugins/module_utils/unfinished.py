@@ -28,11 +28,14 @@ class Marker:
     The next try after a kill reads from it where the old directory is and which tablespace directories it may clear.
     """
 
-    def __init__(self, path: str, backup: Backup, moved_aside: str, locations: Mapping[int, str]) -> None:
+    def __init__(
+        self, path: str, backup: Backup, moved_aside: str, locations: Mapping[int, str], total: int = 0
+    ) -> None:
+        """``total``: bytes that will be counted, when they are not the backup's own."""
         self._path = path
         self._facts = {"format": 1, "system_identifier": backup.system_identifier, "backup": backup.label}
         self._left = {"moved_aside": moved_aside, "locations": sorted(locations.values())}
-        self._total = backup.database_bytes
+        self._total = total or backup.database_bytes
         self._done = 0
         self.write()
 

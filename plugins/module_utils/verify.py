@@ -437,18 +437,23 @@ def read_manifest(reader: codec.Reader) -> dict[str, str]:
 
 
 def choose(backups: Sequence[Backup], choice: str) -> list[Backup]:
-    """The backups that ``all``, ``latest`` or a label means. Raises PitrError when there is none."""
+    """The backups that ``all``, ``latest`` or a label means; of an incremental one all that it builds upon, too.
+
+    Raises PitrError when there is none.
+    """
     if not backups:
         raise PitrError("There is no backup to verify.")
     if choice == "all":
         return list(backups)
-    if choice == "latest":
-        return [backups[-1]]
-    named = [backup for backup in backups if backup.label == choice]
+    named = [backup for backup in backups if backup.label == choice] if choice != "latest" else [backups[-1]]
     if not named:
         labels = ", ".join(backup.label for backup in backups)
         raise PitrError(f"There is no backup '{choice}'. There are: {labels}.")
-    return named
+    try:
+        return list(chain(named[0], {backup.label: backup for backup in backups}))
+    except ChainError:
+        # Its own verification tells which link is missing.
+        return named
 
 
 def as_result(reports: Sequence[Report], diff: bool = False) -> dict[str, Any]:

@@ -11,7 +11,7 @@ module: base_backup
 short_description: Take a base backup into a repository
 version_added: 0.1.0
 description:
-  - Takes a full base backup over the replication protocol (C(pg_basebackup)) as compressed tar files.
+  - Takes a full or an incremental base backup over the replication protocol (C(pg_basebackup)) as compressed tar files.
   - The backup becomes visible by its last atomic write, after its WAL was seen in this repository's archive. A failed
     or killed backup leaves nothing that looks like one.
   - Runs on the repository host, or wherever the repository is mounted.
@@ -34,10 +34,36 @@ attributes:
 options:
   type:
     description:
-      - Kind of backup.
+      - V(incremental) holds what has changed since its parent, and needs PostgreSQL 17 and C(summarize_wal). It can
+        only be restored together with all that it builds upon.
+      - V(auto) is a full backup when one is due (O(full_every), O(max_chain)) or an incremental one cannot be taken,
+        and else an incremental one. RV(type_reason) tells why.
     type: str
-    choices: [full]
+    choices: [full, incremental, auto]
     default: full
+  parent:
+    description:
+      - Label of the backup that an incremental one builds upon. Without one it is the newest whole backup of this
+        cluster that is part of the server's own past. Only with O(type=incremental).
+    type: str
+    default: ''
+  full_every:
+    description:
+      - With O(type=auto) a full backup is due when the chain's full one is so old, for example V(7 days). Units are
+        C(min), C(h), C(d) and C(weeks). A twentieth of it, at most an hour, less will do. Empty for never.
+    type: str
+    default: 7 days
+  max_chain:
+    description:
+      - With O(type=auto) a full backup is due when the chain has so many incremental ones. V(0) for no limit.
+    type: int
+    default: 24
+  identity:
+    description:
+      - Path of a file with age identities, to read the manifest of an encrypted parent. Without one no incremental
+        backup can build upon an encrypted one, and O(type=auto) takes full ones.
+    type: path
+    default: ''
   label:
     description:
       - Name of the backup. Without one it is the UTC time of its start and its type.
@@ -89,6 +115,16 @@ EXAMPLES = r"""
     repository: /var/lib/pitr
     cluster: main
     bin_dir: /usr/lib/postgresql/18/bin
+
+- name: Incremental backups, and a full one each week
+  pgdrill.pitr.base_backup:
+    login_host: db1.example.com
+    login_user: pitr_backup
+    repository: /var/lib/pitr
+    cluster: main
+    bin_dir: /usr/lib/postgresql/18/bin
+    type: auto
+    full_every: 7 days
 """
 
 RETURN = r"""
@@ -107,6 +143,23 @@ backup:
     stored_bytes: 3441163
     database_bytes: 23443211
     verified: checksums
+    parent: null
+    restored_bytes: 0
+type:
+  description: V(full) or V(incremental), what was taken or, in check mode, would be.
+  returned: when a backup was taken, or would be
+  type: str
+  sample: incremental
+parent:
+  description: Label of the backup that it builds upon; null for a full one.
+  returned: when a backup was taken, or would be
+  type: str
+  sample: 20260301T142959Z-full
+type_reason:
+  description: Why O(type=auto) came to this type, or O(type=incremental) to this parent. Empty when both were given.
+  returned: when a backup was taken, or would be
+  type: str
+  sample: The full backup 20260301T142959Z-full is 168.1 hours old, so that another is due.
 seconds:
   description: How long the module took.
   returned: success
@@ -134,6 +187,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
     repository_argument_spec,
     run_module,
 )
+from ansible_collections.pgdrill.pitr.plugins.module_utils.incremental import Basis
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder, require_directory
 
@@ -141,7 +195,11 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **login_argument_spec(),
     **repository_argument_spec(),
     "bin_dir": {"type": "path", "required": True},
-    "type": {"type": "str", "choices": ["full"], "default": "full"},
+    "type": {"type": "str", "choices": ["full", "incremental", "auto"], "default": "full"},
+    "parent": {"type": "str", "default": ""},
+    "full_every": {"type": "str", "default": "7 days"},
+    "max_chain": {"type": "int", "default": 24},
+    "identity": {"type": "path", "default": ""},
     "label": {"type": "str", "default": ""},
     "compression": {"type": "str", "default": "auto"},
     "checkpoint": {"type": "str", "choices": ["fast", "spread"], "default": "fast"},
@@ -156,7 +214,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     """Take the backup."""
     params = module.params
     require_directory(params["repository"])
-    folder = ClusterFolder.open(params["repository"], params["cluster"])
+    folder = ClusterFolder.open(params["repository"], params["cluster"], {"identity": params["identity"]})
     if params["when"] == "missing":
         current = folder.chapter.system_identifier
         there = [backup for backup in stored_backups(folder) if backup.system_identifier == current]
@@ -173,12 +231,16 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         verify=params["verify"],
         label=params["label"],
         archive_timeout=params["archive_timeout"],
+        basis=Basis(folder, login, params["type"], params["parent"], params["full_every"], params["max_chain"]),
     )
+    result: dict[str, Any] = {"changed": True}
     if module.check_mode:
         with contextlib.closing(login.connect()) as connection:
             work.check(connection)
-        return {"changed": True}
-    return {"changed": True, "backup": work.take().to_dict()}
+    else:
+        result["backup"] = work.take().to_dict()
+    parent = work.parent.label if work.parent else None
+    return {**result, "type": "incremental" if parent else "full", "parent": parent, "type_reason": work.reason}
 
 
 def main() -> None:
