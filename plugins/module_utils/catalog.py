@@ -64,6 +64,10 @@ class Backup:
     encryption: str = ""
     # Label of the backup that an incremental one builds upon; None for a full one.
     parent: str | None = None
+    # How it was taken: stream, low_level or offline.
+    method: str = "stream"
+    # Segments that lie in base.tar, for an offline backup: its WAL from start to stop, and nothing behind that.
+    own_wal: tuple[str, ...] = ()
 
     @property
     def stored_bytes(self) -> int:
@@ -88,6 +92,7 @@ class Backup:
             seconds=round(self.seconds, 3),
             files=[asdict(file) for file in self.files],
             tablespaces=[asdict(tablespace) for tablespace in self.tablespaces],
+            own_wal=list(self.own_wal),
         )
         return result
 
@@ -114,6 +119,8 @@ class Backup:
                 next_xid=value.get("next_xid"),
                 encryption=value.get("encryption", ""),
                 parent=value.get("parent"),
+                method=value.get("method", "stream"),
+                own_wal=tuple(value.get("own_wal", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PitrError(f"a backup's description is damaged: {type(error).__name__} {error}") from None

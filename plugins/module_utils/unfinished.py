@@ -28,10 +28,12 @@ class Marker:
     The next try after a kill reads from it where the old directory is and which tablespace directories it may clear.
     """
 
-    def __init__(self, path: str, backup: Backup, moved_aside: str, locations: Mapping[int, str]) -> None:
+    def __init__(
+        self, path: str, backup: Backup, moved_aside: str, locations: Mapping[int, str], pg_wal: str = ""
+    ) -> None:
         self._path = path
         self._facts = {"format": 1, "system_identifier": backup.system_identifier, "backup": backup.label}
-        self._left = {"moved_aside": moved_aside, "locations": sorted(locations.values())}
+        self._left = {"moved_aside": moved_aside, "locations": sorted(locations.values()), "pg_wal": pg_wal}
         self._total = backup.database_bytes
         self._done = 0
         self.write()
