@@ -5,7 +5,8 @@
 """Taking base backups over the replication protocol, and listing those that are stored.
 
 A backup is written into a hidden directory beside its final place and becomes visible by one rename, after its WAL
-has been seen in this repository's archive. pg_basebackup does the copying.
+has been seen in this repository's archive. pg_basebackup does the copying. Other ways to copy are lowlevel.py and
+offline.py, which do the rest as it is done here.
 """
 
 from __future__ import annotations
@@ -165,7 +166,12 @@ class BasisError(PitrError):
 
 
 class BaseBackup:
-    """One base backup, from the first question to the server to the rename that makes it visible."""
+    """One base backup, from the first question to the server to the rename that makes it visible.
+
+    ``warnings``, after :meth:`take`: what the operator should know of a backup that is good all the same.
+    """
+
+    method = "stream"
 
     def __init__(
         self,
@@ -197,6 +203,7 @@ class BaseBackup:
         self._basis = basis
         self.parent: Backup | None = None
         self.reason = ""
+        self.warnings: list[str] = []
 
     def check(self, connection: Any) -> dict[str, Any]:
         """Everything that can be refused before the copy begins. Returns facts of the server."""
@@ -210,40 +217,37 @@ class BaseBackup:
         )[0]
         names = ["system_identifier", "version", "archive_mode", "wal_segment_size", "compressions", "standby", "now"]
         facts = dict(zip([*names, "summarize_wal"], row))
-        if self._folder.recipients:
-            encryption.encrypt_argv(self._folder.recipients)
-        chapter = self._folder.require(facts["system_identifier"])
-        if chapter is not self._folder.chapter:
-            raise PitrError(
-                f"{self._login} is the cluster of an older chapter of {self._folder.path}; nothing was written."
-            )
-        if facts["archive_mode"] == "off":
+        self._check_folder(str(self._login), facts["system_identifier"])
+        if facts["archive_mode"] == "off" and not facts["standby"]:
             raise PitrError(
                 f"{self._login} has archive_mode = off. A base backup without archived WAL cannot be restored;"
                 " set up archiving first (role pgdrill.pitr.primary). No backup was taken."
             )
-        if facts["standby"]:
-            raise PitrError(f"{self._login} is a standby. Take the backup from the primary. No backup was taken.")
         version = binary_version(self._bin_dir)
         if version < facts["version"]:
             raise PitrError(
                 f"{self._bin_dir} is PostgreSQL {version}, the server {facts['version']}. Use its own programs."
             )
-        if self._label and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self._label):
-            raise PitrError(f"'{self._label}' cannot be a label: use letters, digits, dots, dashes and underscores.")
-        if self._label and os.path.exists(os.path.join(self._folder.backups_path, self._label)):
-            raise PitrError(f"There is a backup '{self._label}' already. No backup was taken.")
         if self._basis is not None:
             choice = self._basis.choose(connection, facts)
             self.parent, self.reason = choice.parent, choice.reason
         return facts
 
+    def _check_folder(self, whose: str, system_identifier: str) -> None:
+        """May a backup of this cluster and of this label be stored here?"""
+        if self._folder.recipients:
+            encryption.encrypt_argv(self._folder.recipients)
+        if self._folder.require(system_identifier) is not self._folder.chapter:
+            raise PitrError(f"{whose} is the cluster of an older chapter of {self._folder.path}; nothing was written.")
+        if self._label and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self._label):
+            raise PitrError(f"'{self._label}' cannot be a label: use letters, digits, dots, dashes and underscores.")
+        if self._label and os.path.exists(os.path.join(self._folder.backups_path, self._label)):
+            raise PitrError(f"There is a backup '{self._label}' already. No backup was taken.")
+
     def take(self) -> Backup:
         """Take the backup. Raises PitrError; then no backup is visible and the hidden directory is gone."""
         with contextlib.closing(self._login.connect()) as connection:
             facts = self.check(connection)
-            if self._folder.recipients:
-                sweep(self._folder)
             try:
                 return self._take(connection, facts)
             except BasisError as error:
@@ -252,26 +256,28 @@ class BaseBackup:
                 self.parent, self.reason = None, error.message
                 return self._take(connection, facts)
 
+    def dry_run(self) -> None:
+        """Ask everything, and take none. Raises PitrError as :meth:`take` would before the copy."""
+        with contextlib.closing(self._login.connect()) as connection:
+            self.check(connection)
+
     def _take(self, connection: Any, facts: dict[str, Any]) -> Backup:
+        """``connection`` is None where there is no server."""
         started_at: datetime.datetime = facts["now"]
-        stack = contextlib.ExitStack()
-        with stack:
+        if self._folder.recipients:
+            sweep(self._folder)
+        with contextlib.ExitStack() as stack:
             if self.parent is not None and self._basis is not None:
                 stack.enter_context(self._basis.parent_held(self.parent))
             label, partial, lock = self._claim(started_at)
             final = os.path.join(self._folder.backups_path, label)
             try:
                 # The backup will need WAL from here on; an expire must leave it.
-                timeline, lsn = query(
-                    connection, "SELECT timeline_id, pg_current_wal_lsn()::text FROM pg_control_checkpoint()"
-                )[0]
-                stack.enter_context(locks.taking(self._folder, label, int(timeline), Lsn.parse(lsn)))
+                stack.enter_context(locks.taking(self._folder, label, *self._begin(connection, facts)))
                 self._copy(connection, partial, label, facts, lock)
-                stopped_at, next_xid = query(
-                    connection, "SELECT clock_timestamp(), pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
-                )[0]
+                stopped_at, next_xid = self._end(connection, facts)
                 backup = self._describe(partial, label, facts, started_at, stopped_at, next_xid, lock)
-                self._await_wal(backup)
+                self._await_wal(connection, backup, facts)
                 self._keep_history(backup.timeline)
                 write_json(os.path.join(partial, BACKUP_FILE), backup.to_dict())
                 os.rename(partial, final)
@@ -282,6 +288,28 @@ class BaseBackup:
             finally:
                 os.close(lock)
         return backup
+
+    def _begin(self, connection: Any, facts: dict[str, Any]) -> tuple[int, Lsn]:
+        """Timeline and position from which on the backup will need WAL.
+
+        On a standby a backup begins with its last restartpoint, which may be long ago (do_pg_backup_start).
+        """
+        position = "redo_lsn" if facts["standby"] else "pg_current_wal_lsn()"
+        row = query(connection, f"SELECT timeline_id, {position}::text FROM pg_control_checkpoint()")[0]
+        return int(row[0]), Lsn.parse(row[1])
+
+    def _end(self, connection: Any, facts: dict[str, Any]) -> tuple[datetime.datetime, int]:
+        """When it ended, not before its last WAL was written, and the first transaction that cannot be in it.
+
+        A standby's clock may be behind that of the primary, whose commits carry the primary's time.
+        """
+        now = (
+            "greatest(clock_timestamp(), pg_last_xact_replay_timestamp())" if facts["standby"] else "clock_timestamp()"
+        )
+        stopped_at, next_xid = query(
+            connection, f"SELECT {now}, pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
+        )[0]
+        return stopped_at, next_xid
 
     def _claim(self, started_at: datetime.datetime) -> tuple[str, str, int]:
         """A label that is nobody else's, its hidden directory, and the lock that makes it ours.
@@ -303,6 +331,10 @@ class BaseBackup:
             if self._label:
                 raise PitrError(f"A backup '{label}' is being taken, or was just now. No other was taken.")
             label = f"{base}-{os.urandom(2).hex()}"
+
+    def _compressed_with(self, facts: dict[str, Any]) -> str:
+        """Name of the compression."""
+        return self._zip(facts).partition(":")[0].replace("server-", "")
 
     def _zip(self, facts: dict[str, Any]) -> str:
         """The -Z option: compression on the server, which also saves the network."""
@@ -397,6 +429,7 @@ class BaseBackup:
         lock: int,
     ) -> Backup:
         timeline, start, stop, file_count, total = manifest_facts(os.path.join(directory, MANIFEST))
+        self._check_timeline(os.path.join(directory, MANIFEST))
         names = sorted(os.listdir(directory))
         base = [name for name in names if name.startswith("base.tar")]
         if len(base) != 1:
@@ -404,7 +437,7 @@ class BaseBackup:
         verified = "no"
         if self._verify:
             verified = self._check_content(directory, names, file_count, total)
-        tablespaces = _tablespaces(os.path.join(directory, base[0]))
+        tablespaces = self._tablespaces(os.path.join(directory, base[0]))
         restored = changed = 0
         if self.parent is not None and self._basis is not None:
             tars = [os.path.join(directory, name) for name in names if name != MANIFEST]
@@ -424,7 +457,7 @@ class BaseBackup:
             started_at=started_at.astimezone(datetime.timezone.utc),
             stopped_at=stopped_at.astimezone(datetime.timezone.utc),
             database_bytes=total,
-            compression=self._zip(facts).partition(":")[0].replace("server-", ""),
+            compression=self._compressed_with(facts),
             verified=verified,
             files=tuple(
                 StoredFile(name, os.stat(path).st_size, sha256(path))
@@ -436,7 +469,27 @@ class BaseBackup:
             parent=self.parent.label if self.parent is not None else None,
             restored_bytes=restored,
             changed_bytes=changed,
+            method=self.method,
+            own_wal=self._own_wal(),
         )
+
+    def _own_wal(self) -> tuple[str, ...]:
+        """Names of the segments that are in the backup itself."""
+        return ()
+
+    def _tablespaces(self, base_tar: str) -> tuple[Tablespace, ...]:
+        return _tablespaces(base_tar)
+
+    def _check_timeline(self, manifest: str) -> None:
+        """A backup that begins on one timeline and ends on another has no place in a catalog of one timeline each."""
+        with open(manifest, "rb") as stream:
+            lines = (line for line in stream if b"Timeline" in line)
+            timelines = sorted({int(found[0]) for line in lines for found in _RANGE.findall(line)})
+        if len(timelines) > 1:
+            raise PitrError(
+                f"{self._login} has gone from timeline {timelines[0]} to {timelines[-1]} since its last restartpoint."
+                " The backup was removed again. Run CHECKPOINT on the primary and take another."
+            )
 
     def _check_content(self, directory: str, names: list[str], file_count: int, total: int) -> str:
         """Read the backup back. Returns ``checksums`` or ``sizes``, the level that was reached.
@@ -452,7 +505,8 @@ class BaseBackup:
             if not name.endswith(MANIFEST):
                 with open_tar(os.path.join(directory, name)) as tar:
                     for member in tar:
-                        if member.isfile():
+                        # WAL that is in the backup itself is no part of the manifest.
+                        if member.isfile() and not member.name.startswith("pg_wal/"):
                             found += 1
                             found_bytes += member.size
         if (found, found_bytes) != (file_count, total):
@@ -462,23 +516,40 @@ class BaseBackup:
             )
         return "sizes"
 
-    def _await_wal(self, backup: Backup) -> None:
-        """The server says that the backup's WAL is archived; see that it is archived *here*."""
+    def _await_wal(self, connection: Any, backup: Backup, facts: dict[str, Any]) -> None:
+        """See that the backup's WAL is archived *here*, whatever the server says."""
         size = backup.wal_segment_size
         numbers = range(backup.start_lsn.segment_number(size), backup.stop_lsn.previous_segment_number(size) + 1)
         missing = [segment_name(backup.timeline, number, size) for number in numbers]
-        deadline = time.monotonic() + min(self._archive_timeout, 30)
+        missing = [name for name in missing if name not in backup.own_wal]
+        deadline = time.monotonic() + self._patience(facts)
         while True:
             # What was seen stays: nothing of a backup that is being taken is removed.
             missing = [name for name in missing if not self._is_archived(name)]
             if not missing:
                 return
             if time.monotonic() > deadline:
-                raise PitrError(
-                    f"{self._login} says that the backup's WAL is archived, but {', '.join(missing[:5])} is not in"
-                    f" {self._folder.archive_path()}. It archives somewhere else. The backup was removed again."
-                )
+                named = ", ".join(missing[:5]) + (" and more" if missing[5:] else "")
+                raise PitrError(f"{self._unarchived(connection, named, facts)} The backup was removed again.")
             time.sleep(0.2)
+
+    def _patience(self, facts: dict[str, Any]) -> float:
+        """Seconds to wait for WAL: a primary has said that it is archived, a standby leaves that to its primary."""
+        return self._archive_timeout if facts["standby"] else min(self._archive_timeout, 30)
+
+    def _unarchived(self, connection: Any, missing: str, facts: dict[str, Any]) -> str:
+        """Why the backup is refused when these segments have not come."""
+        place = self._folder.archive_path()
+        if facts["standby"]:
+            return (
+                f"{self._login} is a standby, and {missing} has not come to {place} within {self._archive_timeout:g}"
+                " seconds. Its primary archives that, once the segment is full: run pg_switch_wal() on the primary"
+                " while the backup waits, or set archive_timeout there below this module's."
+            )
+        return (
+            f"{self._login} says that the backup's WAL is archived, but {missing} is not in {place}. It archives"
+            " somewhere else."
+        )
 
     def _is_archived(self, name: str) -> bool:
         return self._folder.tree.exists(self._folder.wal_path(WalFile.parse(name)))
@@ -489,20 +560,24 @@ class BaseBackup:
         It is not there when the server came to its timeline before it archived here, and nothing could be restored
         without it. The replication protocol hands it out (TIMELINE_HISTORY).
         """
-        stored = os.path.join(self._folder.archive_path(), history_name(timeline))
-        if timeline == 1 or os.path.exists(stored):
+        if timeline == 1 or os.path.exists(os.path.join(self._folder.archive_path(), history_name(timeline))):
             return
         with contextlib.closing(self._login.connect(replication=True)) as connection:
             content = query(connection, f"TIMELINE_HISTORY {int(timeline)}")[0][1]
-        data = content.encode() if isinstance(content, str) else bytes(content)
-        parse_history(timeline, data.decode(errors="replace"))
-        temporary = temporary_name(stored)
-        write_atomic(temporary, data)
-        # The archiver may have brought it meanwhile; what is there is never replaced.
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, stored)
-        os.unlink(temporary)
-        fsync_directory(os.path.dirname(stored))
+        store_history(self._folder, timeline, content.encode() if isinstance(content, str) else bytes(content))
+
+
+def store_history(folder: ClusterFolder, timeline: int, data: bytes) -> None:
+    """Put a history file into the archive; one that is there is never replaced. Raises PitrError when it is none."""
+    parse_history(timeline, data.decode(errors="replace"))
+    stored = os.path.join(folder.archive_path(), history_name(timeline))
+    temporary = temporary_name(stored)
+    write_atomic(temporary, data)
+    # The archiver may have brought it meanwhile.
+    with contextlib.suppress(FileExistsError):
+        os.link(temporary, stored)
+    os.unlink(temporary)
+    fsync_directory(os.path.dirname(stored))
 
 
 def _lock(directory: str) -> int | None:
@@ -583,7 +658,7 @@ def _encrypt(directory: str, name: str, recipients: Sequence[str], lock: int) ->
 
 
 def _tablespaces(base_tar: str) -> tuple[Tablespace, ...]:
-    """From tablespace_map, which lies at the beginning of base.tar, right after backup_label."""
+    """From tablespace_map, which pg_basebackup puts at the beginning of base.tar, right after backup_label."""
     try:
         with codec.open_reader(base_tar) as reader:
             with tarfile.open(fileobj=reader, mode="r|", bufsize=codec.CHUNK) as tar:  # type: ignore[call-overload]

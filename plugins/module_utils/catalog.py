@@ -68,6 +68,10 @@ class Backup:
     # whole in an older link. Bytes; 0 for a full one.
     restored_bytes: int = 0
     changed_bytes: int = 0
+    # How it was taken: stream, low_level or offline.
+    method: str = "stream"
+    # Segments that lie in base.tar, for an offline backup: its WAL from start to stop, and nothing behind that.
+    own_wal: tuple[str, ...] = ()
 
     @property
     def directory_bytes(self) -> int:
@@ -97,6 +101,7 @@ class Backup:
             seconds=round(self.seconds, 3),
             files=[asdict(file) for file in self.files],
             tablespaces=[asdict(tablespace) for tablespace in self.tablespaces],
+            own_wal=list(self.own_wal),
         )
         return result
 
@@ -125,6 +130,8 @@ class Backup:
                 parent=value.get("parent"),
                 restored_bytes=value.get("restored_bytes", 0),
                 changed_bytes=value.get("changed_bytes", 0),
+                method=value.get("method", "stream"),
+                own_wal=tuple(value.get("own_wal", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PitrError(f"a backup's description is damaged: {type(error).__name__} {error}") from None

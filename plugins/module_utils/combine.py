@@ -279,7 +279,13 @@ class Combination:
             os.unlink(link)
             os.symlink(location, link)
         for name in os.listdir(result):
-            os.rename(os.path.join(result, name), os.path.join(self._pgdata, name))
+            target = os.path.join(self._pgdata, name)
+            if os.path.islink(target):
+                # pg_wal on a filesystem of its own; what the backup has in it is empty directories.
+                for each in os.listdir(os.path.join(result, name)):
+                    shutil.move(os.path.join(result, name, each), os.path.join(target, each))
+                continue
+            os.rename(os.path.join(result, name), target)
         fsync_directory(self._pgdata)
 
 

@@ -261,12 +261,22 @@ def reachable_end(backup: Backup, index: ArchiveIndex, timeline: int) -> tuple[i
             # The parent's will do only while the new timeline has nothing later: that would be a hole.
             if end is None and at_switch and span.end is None and (index.last(span.timeline) or 0) < number:
                 end = number if index.has(spans[position - 1].timeline, number) else None
+            if end is None and carries(backup, index, span.timeline, number):
+                end = number
             if end is None:
                 missing.append((span.timeline, number))
                 end = number
             number = min(end, last_of_span) + 1
     reached = number - 1
     return reached, reached - first + 1, missing
+
+
+def carries(backup: Backup, index: ArchiveIndex, timeline: int, number: int) -> bool:
+    """Whether an offline backup's own copy of a segment will do, which the archive does not have (offline.py).
+
+    It ends with the shutdown. When the archive has anything later, what the server wrote into it afterwards is missing.
+    """
+    return index.name(timeline, number) in backup.own_wal and (index.last(timeline) or 0) < number
 
 
 def segment_names(result: RestorePlan, index: ArchiveIndex) -> Iterator[str]:
@@ -356,6 +366,19 @@ def _with_wal(
     elif last > last_there:
         message = f"The target {target} lies after the end of the archive."
         refusals.append(Refusal("target_beyond_archive", message, _window([backup], index, timeline, last_commit)))
+    elif target.lsn is not None and carries(backup, index, timeline, last):
+        # PostgreSQL stops at a record from there on, and there is none.
+        message = f"The target {target} lies after the end of the archive: it has no WAL since the offline backup."
+        nearest = (
+            f"The backup {backup.label} itself ends at LSN {backup.stop_lsn}; 'immediate' and 'latest' restore it."
+        )
+        refusals.append(Refusal("target_beyond_archive", message, nearest))
+    elif target.kind == "immediate" and target.action != "promote" and carries(backup, index, timeline, last):
+        message = (
+            f"The server cannot {target.action} at the end of the offline backup {backup.label}: PostgreSQL stops before"
+            " a record, and there is no WAL since then."
+        )
+        refusals.append(Refusal("target_beyond_archive", message, "With recovery_target_action: promote it works."))
     elif target.time is not None and last_commit is not None and not _stops_before(target, last_commit):
         message = f"The target {target} is not before the last transaction in the archive."
         nearest = f"The latest restorable time is just before {format_time(last_commit)}; 'latest' restores everything."

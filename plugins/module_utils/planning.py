@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from . import combine, extract, tail
+from . import combine, extract, places, tail
 from .backup import damaged_backups, stored_backups
 from .catalog import Backup, broken_chains
 from .encryption import LockedError, by_recipients, check_identity, recipients_id, try_identity
@@ -53,12 +53,13 @@ class Planner:
     """One request, looked at.
 
     After :meth:`plan`, ``folder`` is the opened folder of the cluster, ``chapter`` the chapter that is restored from,
-    and ``tail`` what a receiver has beyond the archive's end.
+    ``tail`` what a receiver has beyond the archive's end, and ``wal_directory`` where pg_wal goes (places.py).
     """
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._refusals: list[Refusal] = []
+        self.wal_directory = ""
 
     def plan(self) -> RestorePlan:
         """Decide without touching anything. Raises RefusedError with every reason that can be known now."""
@@ -90,11 +91,11 @@ class Planner:
                 self._refuse(error.code, error.message, self._whose(error.detail.get("recipients")))
         if self._refusals or result is None:
             raise RefusedError(self._refusals)
-        pg_wal = os.path.join(self._request.pgdata, "pg_wal")
-        if os.path.islink(pg_wal):
-            note = (
-                f"pg_wal is a link to {os.path.realpath(pg_wal)} now; it will be a plain directory, the old one stays"
-            )
+        if self.wal_directory:
+            note = f"pg_wal will be a link to the new directory {self.wal_directory}"
+            present = os.path.join(self._request.pgdata, places.PG_WAL)
+            if os.path.islink(present):
+                note += f"; {os.path.realpath(present)}, where it leads now, stays as it is"
             result = replace(result, notes=(*result.notes, note))
         return result
 
@@ -288,8 +289,13 @@ class Planner:
             known = ", ".join(t.location for t in result.backup.tablespaces) or "none"
             message = f"tablespace_mapping names {', '.join(sorted(unknown))}; the backup's tablespaces are: {known}."
             self._refuse("tablespace_unknown", message)
-        killed = (left_behind(request.pgdata, self.chapter.system_identifier) or {}).get("locations", [])
-        for location in request.locations(result.backup).values():
+        marker = left_behind(request.pgdata, self.chapter.system_identifier) or {}
+        killed = marker.get("locations", [])
+        locations = request.locations(result.backup)
+        self.wal_directory = places.wal_directory(request, result.backup)
+        self._refusals += places.check_tablespaces(request, locations)
+        self._refusals += places.check_wal_directory(request, self.wal_directory, locations, marker.get("pg_wal", ""))
+        for location in locations.values():
             if os.path.isdir(location) and foreign_content(location, location in killed):
                 message = f"The tablespace directory {location} is not empty."
                 self._refuse("tablespace_not_empty", message, "Map it to an empty one with tablespace_mapping.")

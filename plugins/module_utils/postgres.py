@@ -139,6 +139,11 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, timeout: floa
 
     Raises PitrError with its standard error when it fails or takes longer than ``timeout`` seconds.
     """
+    return _run(argv, env, timeout)[0]
+
+
+def _run(argv: Sequence[str], env: Mapping[str, str] | None = None, timeout: float | None = None) -> tuple[str, str]:
+    """The same with its standard error beside."""
     name = os.path.basename(argv[0])
     environment = dict(env) if env is not None else {**os.environ, "LC_ALL": "C"}
     try:
@@ -159,7 +164,7 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, timeout: floa
             -2000:
         ]
         raise PitrError(f"{name} failed with exit code {result.returncode}: {said}", rc=result.returncode)
-    return result.stdout.decode(errors="replace")
+    return result.stdout.decode(errors="replace"), result.stderr.decode(errors="replace")
 
 
 def binary_version(bin_dir: str) -> int:
@@ -211,11 +216,13 @@ class ControlData:
 
 def control_data(bin_dir: str, pgdata: str) -> ControlData:
     """Read pg_control of a data directory. Raises PitrError when it has none or it is damaged."""
-    output = run([binary(bin_dir, "pg_controldata"), "-D", pgdata])
-    if "WARNING" in output:
-        raise PitrError(
-            f"{pgdata}/global/pg_control is damaged, or of another version than {bin_dir}: {output.strip()[:300]}"
-        )
+    output, complaints = _run([binary(bin_dir, "pg_controldata"), "-D", pgdata])
+    # It ends with 0 all the same. Up to 16 the warning is in its output, from 17 on it is an error message.
+    for said in (complaints, output):
+        if "warning:" in said.lower():
+            raise PitrError(
+                f"{pgdata}/global/pg_control is damaged, or of another version than {bin_dir}: {said.strip()[:300]}"
+            )
     pairs = (line.partition(":") for line in output.splitlines())
     return ControlData({label.strip(): value.strip() for label, _colon, value in pairs})
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import recovery_conf, settings
+from . import places, recovery_conf, settings
 from .errors import PitrError
 from .postgres import FLOORS, Login, control_data, postmaster_status, query, running_pid
 from .target import parse_time
@@ -310,6 +310,7 @@ class Recovery:
     def _paused(self) -> Reached:
         with contextlib.closing(self._login.connect()) as connection:
             lsn, when = query(connection, "SELECT pg_last_wal_replay_lsn()::text, pg_last_xact_replay_timestamp()")[0]
+            places.check_server(connection, self.planned())
             names = tuple(FLOORS)
             rows = query(connection, "SELECT name, setting::int FROM pg_settings WHERE name IN %s", (names,))
         # Replay raises pg_control's values with those of the primary and pauses when the server's own are lower.
@@ -362,6 +363,7 @@ class Recovery:
             ) from None
         with contextlib.closing(self._login.connect()) as connection:
             when = query(connection, "SELECT pg_last_xact_replay_timestamp()")[0][0]
+            places.check_server(connection, self.planned())
         reached = parse_reason(str(last.lsn), last.reason, _utc(when))
         planned = self.planned()
         wrong = contradiction(planned, reached) if planned else ""

@@ -29,6 +29,10 @@ class Request:
     backup: str = "auto"
     config_dir: str = ""
     tablespace_mapping: Mapping[str, str] = field(default_factory=dict)
+    # Every tablespace that is not mapped goes to a directory in here, named by its OID.
+    tablespace_prefix: str = ""
+    # Where pg_wal goes, outside of the data directory.
+    pg_wal_directory: str = ""
     force: bool = False
     keep_unaccepted: bool = True
     archive_after: str = "none-until-promoted"
@@ -53,5 +57,8 @@ class Request:
 
     def locations(self, backup: Backup) -> dict[int, str]:
         """Where each tablespace of the backup goes."""
-        mapping = self.tablespace_mapping
-        return {item.oid: mapping.get(item.location, item.location) for item in backup.tablespaces}
+        result = {}
+        for item in backup.tablespaces:
+            default = os.path.join(self.tablespace_prefix, str(item.oid)) if self.tablespace_prefix else item.location
+            result[item.oid] = self.tablespace_mapping.get(item.location, default)
+        return result

@@ -18,8 +18,9 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from . import combine, extract, locks, recovery_conf, tail
+from . import combine, extract, locks, places, recovery_conf, tail
 from .errors import PitrError
 from .index import scan
 from .plan import RestorePlan
@@ -114,25 +115,27 @@ class Restore:
         moved_aside = self._clear()
         moved_aside = self._move_aside() or moved_aside
         locations = self._request.locations(result.backup)
+        wal = self._planner.wal_directory
         progress = None
         try:
             os.makedirs(pgdata, mode=0o700, exist_ok=True)
             os.chmod(pgdata, 0o700)
             total = sum(link.database_bytes for link in result.chain)
-            progress = Marker(os.path.join(pgdata, IN_PROGRESS), result.backup, moved_aside, locations, total)
+            progress = Marker(os.path.join(pgdata, IN_PROGRESS), result.backup, moved_aside, locations, total, wal)
+            places.link_wal(pgdata, wal)
             self._bring_files(result, locations, self._renewing(progress, lease))
             extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, locations)
+            places.check_links(pgdata, locations, wal)
             self._bring_tail(result)
             recovery_conf.write(
-                self._request.configuration,
-                pgdata,
-                self._settings(result, lease),
-                {**result.to_dict(), "started_at": time.time()},
+                self._request.configuration, pgdata, self._settings(result, lease), self._recorded(result)
             )
             self._place_control(pgdata)
             self._check_effective(result, lease)
         except BaseException:
             self._put_back(moved_aside, locations, progress, was_there)
+            if progress is not None:
+                places.clear_wal(wal)
             raise
         return Result(result, moved_aside, round(time.monotonic() - started, 3))
 
@@ -172,10 +175,14 @@ class Restore:
         killed = left_behind(pgdata, self._planner.chapter.system_identifier)
         if killed is None:
             if not self._request.keep_unaccepted and unaccepted(self._request):
+                wal = _made_wal(self._request)
                 shutil.rmtree(pgdata)
+                places.clear_wal(wal)
             return ""
         for location in killed.get("locations", []):
             empty(location)
+        # Before the marker is gone that tells of it.
+        places.clear_wal(killed.get("pg_wal", ""))
         remove_incomplete(pgdata)
         old = str(killed.get("moved_aside") or "")
         return old if os.path.isdir(old) else ""
@@ -220,9 +227,15 @@ class Restore:
         if request.identity:
             fetch.append(f"--identity={request.identity}")
         fetch += [f"--lease={lease}", request.cluster]
+        command = shell_command(fetch, ["%f", "%p"])
+        targets = result.target.settings(result.timeline)
+        if _is_its_own_end(result):
+            # Only history files, which it needs for the number of its new timeline.
+            command = f'case "%f" in *.history) {command} ;; *) exit 1 ;; esac'
+            del targets["recovery_target"]
         settings = {
-            **result.target.settings(result.timeline),
-            "restore_command": shell_command(fetch, ["%f", "%p"]),
+            **targets,
+            "restore_command": command,
             "hot_standby": "on",
             # Where a recovery is paused or shut down is told by the log alone, and it must be understood.
             "lc_messages": "C",
@@ -240,6 +253,15 @@ class Restore:
             settings["archive_library"] = ""
             settings["archive_command"] = shell_command([request.wal_command, "hold", request.cluster], ["%p"])
         return settings
+
+    def _recorded(self, result: RestorePlan) -> dict[str, Any]:
+        """What the recovery is to be compared with."""
+        locations = self._request.locations(result.backup)
+        recorded = {**result.to_dict(), "started_at": time.time(), "pg_wal": self._planner.wal_directory}
+        recorded["tablespaces"] = {str(oid): location for oid, location in locations.items()}
+        if _is_its_own_end(result):
+            recorded["target_kind"] = "latest"
+        return recorded
 
     def _place_control(self, pgdata: str) -> None:
         """The last step: only now can a server start here."""
@@ -262,7 +284,7 @@ class Restore:
                 request.configuration,
                 request.pgdata,
                 {**expected, **raised},
-                {**result.to_dict(), "started_at": time.time(), "raised": raised},
+                {**self._recorded(result), "raised": raised},
             )
         for name in ("restore_command", "recovery_target_timeline", "archive_mode", *raised):
             value = self._effective(name)
@@ -280,6 +302,22 @@ class Restore:
             raise PitrError(
                 f"The configuration in {self._request.configuration} cannot be used: {error.message}"
             ) from None
+
+
+def _is_its_own_end(result: RestorePlan) -> bool:
+    """Whether an offline backup is restored as it is.
+
+    It is consistent from its first moment. But PostgreSQL stops *before* a record, and a server that was never started
+    again has written none; so there is no target, and no WAL but the backup's own.
+    """
+    return (result.backup.method, result.target.kind, result.target.action) == ("offline", "immediate", "promote")
+
+
+def _made_wal(request: Request) -> str:
+    """The directory that a restore has made for pg_wal of the cluster in the request's PGDATA, empty when none."""
+    made = str((recovery_conf.planned(request.configuration) or {}).get("pg_wal") or "")
+    link = os.path.join(request.pgdata, places.PG_WAL)
+    return made if made and os.path.islink(link) and os.readlink(link) == made else ""
 
 
 def settle(request: Request, moved_aside: str, check: bool = False) -> bool:
@@ -326,6 +364,7 @@ def undo(request: Request, moved_aside: str, check: bool = False) -> str:
     kept = ""
     if check:
         return kept
+    wal = _made_wal(request)
     if request.config_dir:
         recovery_conf.discard(request.config_dir)
     if in_the_way and request.keep_unaccepted:
@@ -333,6 +372,7 @@ def undo(request: Request, moved_aside: str, check: bool = False) -> str:
         os.rename(pgdata, kept)
     elif os.path.isdir(pgdata):
         shutil.rmtree(pgdata)
+        places.clear_wal(wal)
     os.rename(moved_aside, pgdata)
     fsync_directory(os.path.dirname(pgdata))
     return kept

@@ -19,7 +19,7 @@ from typing import Any
 from .catalog import Backup, broken_chains
 from .errors import PitrError
 from .index import ArchiveIndex
-from .plan import MAX_NAMED, spans_from
+from .plan import MAX_NAMED, carries, spans_from
 from .target import format_time
 from .timeline import TimelineTree
 from .wal import Lsn, history_name
@@ -187,6 +187,8 @@ def _missing_along(timeline: int, backup: Backup, index: ArchiveIndex, most: int
     for span in spans_from(backup.start_lsn, index.tree, timeline):
         last = until if span.end is None else min(until, span.end.segment_number(size) - 1)
         for number in index.missing(span.timeline, span.begin.segment_number(size), last):
+            if carries(backup, index, span.timeline, number):
+                continue
             names.append(index.name(span.timeline, number))
             if len(names) > most:
                 return names

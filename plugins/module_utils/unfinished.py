@@ -29,12 +29,18 @@ class Marker:
     """
 
     def __init__(
-        self, path: str, backup: Backup, moved_aside: str, locations: Mapping[int, str], total: int = 0
+        self,
+        path: str,
+        backup: Backup,
+        moved_aside: str,
+        locations: Mapping[int, str],
+        total: int = 0,
+        pg_wal: str = "",
     ) -> None:
         """``total``: bytes that will be counted, when they are not the backup's own."""
         self._path = path
         self._facts = {"format": 1, "system_identifier": backup.system_identifier, "backup": backup.label}
-        self._left = {"moved_aside": moved_aside, "locations": sorted(locations.values())}
+        self._left = {"moved_aside": moved_aside, "locations": sorted(locations.values()), "pg_wal": pg_wal}
         self._total = total or backup.database_bytes
         self._done = 0
         self.write()

@@ -11,10 +11,13 @@ module: base_backup
 short_description: Take a base backup into a repository
 version_added: 0.1.0
 description:
-  - Takes a full or an incremental base backup over the replication protocol (C(pg_basebackup)) as compressed tar files.
+  - Takes a full or an incremental base backup as compressed tar files. By default over the replication protocol
+    (C(pg_basebackup)).
+  - The server may be a standby. Its primary archives the backup's WAL, into this very repository.
   - The backup becomes visible by its last atomic write, after its WAL was seen in this repository's archive. A failed
     or killed backup leaves nothing that looks like one.
-  - Runs on the repository host, or wherever the repository is mounted.
+  - Runs on the repository host, or wherever the repository is mounted; with another O(method) than V(stream) on the
+    database host, where the repository is mounted.
 extends_documentation_fragment:
   - pgdrill.pitr.login
   - pgdrill.pitr.repository
@@ -64,6 +67,47 @@ options:
         backup can build upon an encrypted one, and O(type=auto) takes full ones.
     type: path
     default: ''
+  method:
+    description:
+      - V(stream) has C(pg_basebackup) copy over the replication protocol.
+      - V(low_level) copies the files itself between C(pg_backup_start) and C(pg_backup_stop), or those of a snapshot.
+        The login needs C(EXECUTE) on the two functions, and no replication.
+      - V(offline) copies the files of a server that was shut down cleanly. No login is used.
+      - The last two run on the database host as a user that can read the data directory. What is stored, and how it is
+        restored, is the same.
+    type: str
+    choices: [stream, low_level, offline]
+    default: stream
+  pgdata:
+    description:
+      - Data directory, for O(method=low_level) by default the one that the server tells. Required for
+        O(method=offline).
+    type: path
+  snapshot_command:
+    description:
+      - For O(method=low_level), a command that makes a snapshot of the data directory and of all its tablespaces, as a
+        list of arguments (no shell). It runs between start and stop, and the copy is made from the snapshot after
+        that, so that the server's backup mode is short.
+      - When it fails, no backup is taken.
+    type: list
+    elements: str
+    default: []
+  snapshot_path:
+    description:
+      - Where the data directory appears in the snapshot. There must be none before.
+    type: path
+  snapshot_tablespaces:
+    description:
+      - Directory of each tablespace, and where it appears in the snapshot.
+    type: dict
+    default: {}
+  snapshot_cleanup_command:
+    description:
+      - A command that removes the snapshot, as a list of arguments. It runs whether or not the backup succeeds; that it
+        fails is a warning.
+    type: list
+    elements: str
+    default: []
   label:
     description:
       - Name of the backup. Without one it is the UTC time of its start and its type.
@@ -71,7 +115,8 @@ options:
     default: ''
   compression:
     description:
-      - V(none), V(gzip), V(lz4) or V(zstd), with an optional C(:level). Compressed by the server.
+      - V(none), V(gzip), V(lz4) or V(zstd), with an optional C(:level). Compressed by the server with O(method=stream),
+        else here.
       - V(auto) is zstd where the server and this host have it, else gzip.
     type: str
     default: auto
@@ -94,7 +139,8 @@ options:
     default: true
   archive_timeout:
     description:
-      - Seconds to wait for the archiver to deliver the backup's WAL.
+      - Seconds to wait for the archiver to deliver the backup's WAL. For a standby that is its primary's, which archives
+        a segment only when it is full; set C(archive_timeout) there below this.
     type: int
     default: 600
   when:
@@ -125,6 +171,25 @@ EXAMPLES = r"""
     bin_dir: /usr/lib/postgresql/18/bin
     type: auto
     full_every: 7 days
+
+- name: From an LVM snapshot, on the database host
+  pgdrill.pitr.base_backup:
+    login_unix_socket: /var/run/postgresql
+    repository: /mnt/pitr
+    cluster: main
+    bin_dir: /usr/lib/postgresql/18/bin
+    method: low_level
+    snapshot_command: [/usr/local/sbin/snapshot, make]
+    snapshot_path: /mnt/snapshot/18/main
+    snapshot_cleanup_command: [/usr/local/sbin/snapshot, remove]
+
+- name: Of a server that is shut down
+  pgdrill.pitr.base_backup:
+    repository: /mnt/pitr
+    cluster: main
+    bin_dir: /usr/lib/postgresql/18/bin
+    method: offline
+    pgdata: /var/lib/postgresql/18/main
 """
 
 RETURN = r"""
@@ -135,6 +200,7 @@ backup:
   sample:
     label: 20260301T142959Z-full
     type: full
+    method: stream
     timeline: 1
     start_lsn: 0/2000028
     stop_lsn: 0/2000120
@@ -160,6 +226,12 @@ type_reason:
   returned: when a backup was taken, or would be
   type: str
   sample: The full backup 20260301T142959Z-full is 168.1 hours old, so that another is due.
+warnings:
+  description: What was passed over, or left behind, by a backup that is good all the same.
+  returned: when there are any
+  type: list
+  elements: str
+  sample: []
 seconds:
   description: How long the module took.
   returned: success
@@ -177,19 +249,21 @@ finished_at:
   sample: "2026-03-01T14:30:02.503112+00:00"
 """
 
-import contextlib
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import BaseBackup, stored_backups
+from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import stored_backups
 from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
     login_argument_spec,
     repository_argument_spec,
     run_module,
 )
+from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.incremental import Basis
+from ansible_collections.pgdrill.pitr.plugins.module_utils.methods import make_backup
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder, require_directory
+from ansible_collections.pgdrill.pitr.plugins.module_utils.snapshot import Snapshot
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **login_argument_spec(),
@@ -200,6 +274,12 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "full_every": {"type": "str", "default": "7 days"},
     "max_chain": {"type": "int", "default": 24},
     "identity": {"type": "path", "default": ""},
+    "method": {"type": "str", "choices": ["stream", "low_level", "offline"], "default": "stream"},
+    "pgdata": {"type": "path"},
+    "snapshot_command": {"type": "list", "elements": "str", "default": []},
+    "snapshot_path": {"type": "path"},
+    "snapshot_tablespaces": {"type": "dict", "default": {}},
+    "snapshot_cleanup_command": {"type": "list", "elements": "str", "default": []},
     "label": {"type": "str", "default": ""},
     "compression": {"type": "str", "default": "auto"},
     "checkpoint": {"type": "str", "choices": ["fast", "spread"], "default": "fast"},
@@ -221,26 +301,47 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         if there:
             return {"changed": False, "backup": there[-1].to_dict()}
     login = Login.from_params(params)
-    work = BaseBackup(
+    basis = None
+    if params["method"] == "stream" or params["type"] == "incremental":
+        basis = Basis(folder, login, params["type"], params["parent"], params["full_every"], params["max_chain"])
+    work = make_backup(
+        params["method"],
         folder,
         login,
         params["bin_dir"],
+        pgdata=params["pgdata"] or "",
+        snapshot=_snapshot(params),
         compression=params["compression"],
         checkpoint=params["checkpoint"],
         max_rate=params["max_rate"],
         verify=params["verify"],
         label=params["label"],
         archive_timeout=params["archive_timeout"],
-        basis=Basis(folder, login, params["type"], params["parent"], params["full_every"], params["max_chain"]),
+        basis=basis,
     )
     result: dict[str, Any] = {"changed": True}
     if module.check_mode:
-        with contextlib.closing(login.connect()) as connection:
-            work.check(connection)
+        work.dry_run()
     else:
         result["backup"] = work.take().to_dict()
+    if work.warnings:
+        result["warnings"] = work.warnings
     parent = work.parent.label if work.parent else None
     return {**result, "type": "incremental" if parent else "full", "parent": parent, "type_reason": work.reason}
+
+
+def _snapshot(params: dict[str, Any]) -> Snapshot | None:
+    names = ("snapshot_command", "snapshot_path", "snapshot_cleanup_command", "snapshot_tablespaces")
+    if not any(params[name] for name in names):
+        return None
+    if not (params["snapshot_command"] and params["snapshot_path"]):
+        raise PitrError("A snapshot needs snapshot_command and snapshot_path. No backup was taken.")
+    return Snapshot(
+        params["snapshot_command"],
+        params["snapshot_path"],
+        params["snapshot_cleanup_command"],
+        params["snapshot_tablespaces"],
+    )
 
 
 def main() -> None:

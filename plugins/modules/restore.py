@@ -103,6 +103,19 @@ options:
       - Directories of tablespaces, old to new. Those that are not named go where they were.
     type: dict
     default: {}
+  tablespace_prefix:
+    description:
+      - A directory for all tablespaces that O(tablespace_mapping) does not name; each goes to a directory in it that
+        is called after its OID.
+    type: path
+    version_added: 0.2.0
+  pg_wal_directory:
+    description:
+      - Directory for C(pg_wal), which becomes a link to it. It must be empty or not exist.
+      - Without it C(pg_wal) is a plain directory; where it is a link in the data directory that is replaced, it is a
+        link to a new directory beside the present one, which stays as it is.
+    type: path
+    version_added: 0.2.0
   archive_after:
     description:
       - What the restored cluster does with WAL of its own. V(none-until-promoted) keeps it until
@@ -285,6 +298,8 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "config_dir": {"type": "path"},
     "backup": {"type": "str", "default": "auto"},
     "tablespace_mapping": {"type": "dict", "default": {}},
+    "tablespace_prefix": {"type": "path"},
+    "pg_wal_directory": {"type": "path"},
     "archive_after": {"type": "str", "choices": list(ARCHIVE_AFTER), "default": "none-until-promoted"},
     "wal_command": {"type": "path", "required": True},
     "force": {"type": "bool", "default": False},
@@ -311,6 +326,8 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         backup=params["backup"],
         config_dir=params["config_dir"] or "",
         tablespace_mapping=params["tablespace_mapping"],
+        tablespace_prefix=params["tablespace_prefix"] or "",
+        pg_wal_directory=params["pg_wal_directory"] or "",
         force=params["force"],
         keep_unaccepted=params["keep_unaccepted"],
         archive_after=params["archive_after"],
