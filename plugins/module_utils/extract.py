@@ -9,20 +9,20 @@ from __future__ import annotations
 import os
 import queue
 import shutil
-import tarfile
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from types import TracebackType
 
 from . import codec
-from .backup import MANIFEST, open_tar, sha256
+from .backup import MANIFEST, sha256
 from .catalog import Backup, Tablespace
 from .codec import CHUNK
 from .encryption import SUFFIX
 from .errors import PitrError
 from .postgres import binary, run
 from .repository import write_atomic
+from .tarstream import Member, TarStream, open_stream
 from .tree import LOCAL, Tree
 
 PG_CONTROL = "global/pg_control"
@@ -104,55 +104,52 @@ class _Hands:
                 self._failure = self._failure or error
 
 
-def extract_tar(path: str, root: str, progress: Callable[[int], None], tree: Tree = LOCAL) -> None:
+def extract_tar(
+    path: str,
+    root: str,
+    progress: Callable[[int], None],
+    tree: Tree = LOCAL,
+    wanted: Container[str] | None = None,
+) -> None:
     """Unpack one stored tar below ``root``, calling ``progress`` with the bytes of every file.
 
-    Existing files are never overwritten. Raises PitrError or OSError.
+    With ``wanted`` (names in the tar) only these files, and every directory. Existing files are never overwritten.
+    Raises PitrError or OSError.
     """
-    with _Hands() as hands, open_tar(path, tree) as tar:
+    with open_stream(path, tree) as tar, _Hands() as hands:
         for member in tar:
-            name = HELD_BACK if member.name.lstrip("./") == PG_CONTROL else member.name
+            # Not lstrip: ".hidden" is a name, too.
+            plain = member.name[2:] if member.name.startswith("./") else member.name
+            name = HELD_BACK if plain == PG_CONTROL else member.name
             target = _safe(root, name, path)
-            if member.isdir():
+            if member.kind == "directory":
                 os.makedirs(target, mode=0o700, exist_ok=True)
-                os.chmod(target, member.mode & 0o777)
-            elif member.isfile():
+                os.chmod(target, member.mode)
+            elif member.kind != "file":
+                raise PitrError(f"{path} is damaged: '{member.name}' is neither a file nor a directory.")
+            elif wanted is None or plain in wanted:
                 _write(tar, member, target, hands)
                 progress(member.size)
-            else:
-                raise PitrError(f"{path} is damaged: '{member.name}' is neither a file nor a directory.")
 
 
 def _create(target: str, mode: int) -> int:
     return os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
-def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: str, hands: _Hands) -> None:
-    stream = tar.extractfile(member)
-    if stream is None:
-        raise PitrError(f"'{member.name}' has no content.")
-    left = member.size
-    mode = member.mode & 0o777
-    if left <= hands.SMALL:
-        content = stream.read(left)
-        if len(content) != left:
-            raise PitrError(f"'{member.name}' ends {left - len(content)} bytes too early.")
-        hands.create(target, mode, content)
+def _write(tar: TarStream, member: Member, target: str, hands: _Hands) -> None:
+    if member.size <= hands.SMALL:
+        hands.create(target, member.mode, b"".join(tar.pieces()))
         return
-    descriptor = _create(target, mode)
+    descriptor = _create(target, member.mode)
     try:
-        while left:
-            data = stream.read(min(left, CHUNK))
-            if not data:
-                raise PitrError(f"'{member.name}' ends {left} bytes too early.")
-            _write_all(descriptor, data)
-            left -= len(data)
+        for piece in tar.pieces():
+            _write_all(descriptor, piece)
     finally:
         os.close(descriptor)
 
