@@ -30,6 +30,8 @@ class Request:
     config_dir: str = ""
     tablespace_mapping: Mapping[str, str] = field(default_factory=dict)
     force: bool = False
+    # Change the directory in place, where there is one of this cluster, instead of moving it aside.
+    delta: bool = False
     keep_unaccepted: bool = True
     archive_after: str = "none-until-promoted"
     verify: bool = True
