@@ -345,6 +345,15 @@ def _deflate(source: int, writer: Writer) -> None:
         raise
 
 
+def _widen(pipe: int) -> None:
+    """Let a pipe hold a whole piece: sixteen times fewer changes between its two processes. Linux only."""
+    # Not needed for a segment of WAL, and so not imported with the rest; F_SETPIPE_SZ has its name since Python 3.10.
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(pipe, getattr(fcntl, "F_SETPIPE_SZ", 1031), CHUNK)
+
+
 class Reader:
     """The content of a stored file. The read that returns ``b""`` has checked the file's own checksum."""
 
@@ -362,6 +371,7 @@ class Reader:
         stages = decompressing(self.codec)
         if stages:
             self._source, target = os.pipe()
+            _widen(target)
             try:
                 self._pipeline = Pipeline(stages, source.descriptor, target)
             except BaseException:
@@ -409,19 +419,32 @@ class Reader:
             if data:
                 return data
 
+    def _proven(self) -> bytes:
+        """The next piece; empty when all checks of the whole have passed."""
+        data = self._next()
+        if not data:
+            self._file.check()
+            if self._proof is not None:
+                self._proof.check()
+        elif self._proof is not None:
+            self._proof.update(data)
+        return data
+
+    def piece(self) -> bytes:
+        """The next piece of any size, as it came, without a copy. Empty at the proven end; raises as ``read`` does."""
+        if self._buffer:
+            data, self._buffer = self._buffer, b""
+            return data
+        return self._proven()
+
     def read(self, size: int = -1) -> bytes:
         """Up to ``size`` bytes, as many as there are; all of the rest when negative. Raises PitrError when damaged."""
         parts = [self._buffer]
         length = len(self._buffer)
         while size < 0 or length < size:
-            data = self._next()
+            data = self._proven()
             if not data:
-                self._file.check()
-                if self._proof is not None:
-                    self._proof.check()
                 break
-            if self._proof is not None:
-                self._proof.update(data)
             parts.append(data)
             length += len(data)
         whole = parts[0] if len(parts) == 1 else b"".join(parts)

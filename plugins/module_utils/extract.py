@@ -6,31 +6,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import queue
 import shutil
-import tarfile
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from types import TracebackType
 
 from . import codec
-from .backup import MANIFEST, open_tar, sha256
+from .backup import MANIFEST, sha256
 from .catalog import Backup, Tablespace
 from .codec import CHUNK
 from .encryption import SUFFIX
 from .errors import PitrError
 from .postgres import binary, run
 from .repository import write_atomic
+from .tarstream import Member, TarStream, open_stream
 from .tree import LOCAL, Tree
 
 PG_CONTROL = "global/pg_control"
 # pg_control waits under this name until everything else is in place: without it no server starts from the directory.
 HELD_BACK = "global/pg_control.pitr-restoring"
+# Says that a directory is not complete (unfinished.py).
+IN_PROGRESS = "pitr-restoring.json"
 
 
-def _safe(root: str, name: str, where: str) -> str:
+def safe_path(root: str, name: str, where: str) -> str:
     """Path of a tar member below ``root``. Raises PitrError for a name that leads out of it."""
     parts = name.rstrip("/").split("/")
     if name.startswith("/") or ".." in parts:
@@ -104,55 +108,55 @@ class _Hands:
                 self._failure = self._failure or error
 
 
-def extract_tar(path: str, root: str, progress: Callable[[int], None], tree: Tree = LOCAL) -> None:
+def extract_tar(
+    path: str,
+    root: str,
+    progress: Callable[[int], None],
+    tree: Tree = LOCAL,
+    wanted: Container[str] | None = None,
+) -> None:
     """Unpack one stored tar below ``root``, calling ``progress`` with the bytes of every file.
 
-    Existing files are never overwritten. Raises PitrError or OSError.
+    With ``wanted`` (names in the tar) only these files, and every directory. Existing files are never overwritten.
+    Raises PitrError or OSError.
     """
-    with _Hands() as hands, open_tar(path, tree) as tar:
+    with open_stream(path, tree) as tar, _Hands() as hands:
         for member in tar:
-            name = HELD_BACK if member.name.lstrip("./") == PG_CONTROL else member.name
-            target = _safe(root, name, path)
-            if member.isdir():
+            # Not lstrip: ".hidden" is a name, too.
+            plain = member.name[2:] if member.name.startswith("./") else member.name
+            name = HELD_BACK if plain == PG_CONTROL else member.name
+            target = safe_path(root, name, path)
+            if member.kind == "directory":
                 os.makedirs(target, mode=0o700, exist_ok=True)
-                os.chmod(target, member.mode & 0o777)
-            elif member.isfile():
+                os.chmod(target, member.mode)
+            elif member.kind != "file":
+                raise PitrError(f"{path} is damaged: '{member.name}' is neither a file nor a directory.")
+            elif plain == IN_PROGRESS:
+                # Of a restore that was killed before it had changed anything, on the server that the backup is of.
+                continue
+            elif wanted is None or plain in wanted:
                 _write(tar, member, target, hands)
                 progress(member.size)
-            else:
-                raise PitrError(f"{path} is damaged: '{member.name}' is neither a file nor a directory.")
 
 
 def _create(target: str, mode: int) -> int:
     return os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
-def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: str, hands: _Hands) -> None:
-    stream = tar.extractfile(member)
-    if stream is None:
-        raise PitrError(f"'{member.name}' has no content.")
-    left = member.size
-    mode = member.mode & 0o777
-    if left <= hands.SMALL:
-        content = stream.read(left)
-        if len(content) != left:
-            raise PitrError(f"'{member.name}' ends {left - len(content)} bytes too early.")
-        hands.create(target, mode, content)
+def _write(tar: TarStream, member: Member, target: str, hands: _Hands) -> None:
+    if member.size <= hands.SMALL:
+        hands.create(target, member.mode, b"".join(tar.pieces()))
         return
-    descriptor = _create(target, mode)
+    descriptor = _create(target, member.mode)
     try:
-        while left:
-            data = stream.read(min(left, CHUNK))
-            if not data:
-                raise PitrError(f"'{member.name}' ends {left} bytes too early.")
-            _write_all(descriptor, data)
-            left -= len(data)
+        for piece in tar.pieces():
+            _write_all(descriptor, piece)
     finally:
         os.close(descriptor)
 
@@ -199,7 +203,7 @@ def verify(backup: Backup, folder: str, pgdata: str, bin_dir: str, tree: Tree = 
             shutil.copyfileobj(reader, copy, CHUNK)
         argv = [binary(bin_dir, "pg_verifybackup"), "--no-parse-wal", "--quiet", f"--manifest-path={manifest}"]
         # Both names, because one of them is the other; pg_control proves itself by its own checksum.
-        argv += [f"--ignore={PG_CONTROL}", f"--ignore={HELD_BACK}", "--ignore=pitr-restoring.json", pgdata]
+        argv += [f"--ignore={PG_CONTROL}", f"--ignore={HELD_BACK}", f"--ignore={IN_PROGRESS}", pgdata]
         try:
             run(argv)
         except PitrError as error:
@@ -223,3 +227,26 @@ def rewrite_tablespace_map(pgdata: str, tablespaces: tuple[Tablespace, ...], loc
         path = locations[tablespace.oid].replace("\\", "\\\\").replace("\n", "\\\n").replace("\r", "\\\r")
         lines.append(f"{tablespace.oid} {path}\n")
     write_atomic(os.path.join(pgdata, "tablespace_map"), "".join(lines).encode("utf-8", "surrogateescape"))
+
+
+def settle(*paths: str) -> None:
+    """Put everything that was written on the filesystems of these paths on stable storage.
+
+    The server does it, too, when it starts from a backup (SyncDataDirectory of fd.c), but not from the copy of a
+    cluster that was shut down, and not before.
+    """
+    devices = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            devices[os.stat(path).st_dev] = path
+    for path in devices.values():
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+            if syncfs is None:
+                os.sync()
+            elif syncfs(descriptor) != 0:
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code), path)
+        finally:
+            os.close(descriptor)

@@ -157,6 +157,12 @@ def _is_used(place: str, left_behind: bool) -> bool:
     return any(not _WAL_NAME.match(name) for name in names) if left_behind else bool(names)
 
 
+def leads_to(pgdata: str, place: str) -> bool:
+    """Whether pg_wal of this data directory is a link to that place."""
+    link = os.path.join(pgdata, PG_WAL)
+    return os.path.islink(link) and os.path.realpath(link) == os.path.realpath(place)
+
+
 def link_wal(pgdata: str, place: str) -> None:
     """Make pg_wal of a new data directory a link to ``place``; nothing when that is empty."""
     if place:

@@ -85,6 +85,8 @@ class RestorePlan:
     at_least: Lsn | None = None
     # What the restored directory is made of: the full backup first, ``backup`` last.
     chain: tuple[Backup, ...] = ()
+    # Whether the directory that is there is changed in place (delta.py) instead of being moved aside.
+    in_place: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """For a module's result."""
@@ -114,6 +116,7 @@ class RestorePlan:
             "wal_bytes": self.wal_bytes,
             "end_lsn": str(self.end_lsn),
             "backup_bytes": self.backup.directory_bytes,
+            "in_place": self.in_place,
             "from_receiver": list(self.from_receiver),
             "at_least": str(self.at_least) if self.at_least is not None else None,
             "notes": list(self.notes),

@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from . import combine, extract, places, tail
+from . import combine, delta, extract, places, tail
 from .backup import damaged_backups, stored_backups
 from .catalog import Backup, broken_chains
 from .encryption import LockedError, by_recipients, check_identity, recipients_id, try_identity
@@ -41,7 +41,7 @@ from .request import Request
 from .tail import Tail
 from .target import RecoveryTarget
 from .timeline import Span
-from .unfinished import foreign_content, left_behind
+from .unfinished import foreign_content, half_done_delta, left_behind
 from .wal import Lsn, WalFile
 from .waldump import WalScanner
 
@@ -60,6 +60,8 @@ class Planner:
         self._request = request
         self._refusals: list[Refusal] = []
         self.wal_directory = ""
+        # Whether there is a directory that a delta restore would change in place.
+        self._in_place = False
 
     def plan(self) -> RestorePlan:
         """Decide without touching anything. Raises RefusedError with every reason that can be known now."""
@@ -91,6 +93,8 @@ class Planner:
                 self._refuse(error.code, error.message, self._whose(error.detail.get("recipients")))
         if self._refusals or result is None:
             raise RefusedError(self._refusals)
+        if self._request.delta:
+            result = self._with_delta(result)
         if self.wal_directory:
             note = f"pg_wal will be a link to the new directory {self.wal_directory}"
             present = os.path.join(self._request.pgdata, places.PG_WAL)
@@ -124,10 +128,17 @@ class Planner:
             message = f"A server is running in {pgdata} (process {pid})."
             self._refuse("server_running", message, "Stop it first: pg_ctl stop -D, or its service.")
             return
-        if not found or left_behind(pgdata, self.chapter.system_identifier) is not None:
+        if not found:
+            return
+        killed = left_behind(pgdata, self.chapter.system_identifier)
+        if killed is not None:
+            self._in_place = self._request.delta and bool(killed)
             if combine.is_busy(pgdata):
                 message = f"A restore into {pgdata} still combines backups: another one, or what a killed one has left."
                 self._refuse("restore_running", message, "Wait until pg_combinebackup has ended.")
+            if half_done_delta(killed) and not (self._request.delta or self._request.force):
+                message = f"{pgdata} is what a delta restore of this cluster has left half-way; no server can start."
+                self._refuse("directory_not_empty", message, "Repeat it with delta; with force it is moved aside.")
             return
         if "PG_VERSION" not in found or data_version(pgdata) is None:
             self._refuse(
@@ -148,11 +159,17 @@ class Planner:
             self._refuse("directory_foreign", message, "force does not change that; restore to another directory.")
         elif not self._request.force:
             message = f"{pgdata} is not empty: it is this cluster's own data directory."
-            self._refuse("directory_not_empty", message, "With force it is moved aside, not removed.")
+            aside = "With force it is moved aside, not removed."
+            in_place = "With force and delta it is changed in place, and what it is now is lost."
+            self._refuse("directory_not_empty", message, in_place if self._request.delta else aside)
+        elif self._request.delta:
+            self._in_place = True
         elif os.path.ismount(pgdata):
             message = f"{pgdata} is a mount point and cannot be moved aside."
             self._refuse(
-                "directory_mount_point", message, "Move its content away yourself and restore into the empty directory."
+                "directory_mount_point",
+                message,
+                "Move its content away yourself and restore into the empty directory, or restore in place with delta.",
             )
 
     def _locate(
@@ -281,9 +298,15 @@ class Planner:
         space = os.statvfs(existing)
         free = space.f_bavail * space.f_frsize
         needed = combine.needed_bytes(result.chain, existing) + 4 * result.backup.wal_segment_size
+        nearest = "The old directory is kept beside the new one until you remove it."
+        if self._in_place:
+            needed -= delta.reusable_bytes(
+                request.pgdata, request.locations(result.backup), result.backup.postgresql_version
+            )
+            nearest = "What the old directory takes is counted in; make room for the rest."
         if free < needed:
             message = f"{existing} has {free // 2**20} MiB free, the restore needs {needed // 2**20} MiB."
-            self._refuse("space", message, "The old directory is kept beside the new one until you remove it.")
+            self._refuse("space", message, nearest)
         unknown = set(request.tablespace_mapping) - {t.location for t in result.backup.tablespaces}
         if unknown:
             known = ", ".join(t.location for t in result.backup.tablespaces) or "none"
@@ -292,15 +315,65 @@ class Planner:
         marker = left_behind(request.pgdata, self.chapter.system_identifier) or {}
         killed = marker.get("locations", [])
         locations = request.locations(result.backup)
-        self.wal_directory = places.wal_directory(request, result.backup)
+        if not self._in_place:
+            self.wal_directory = places.wal_directory(request, result.backup)
+        elif request.pg_wal_directory and not places.leads_to(request.pgdata, request.pg_wal_directory):
+            message = f"A delta restore leaves pg_wal where it is, and {request.pg_wal_directory} is not there."
+            self._refuse("delta_pg_wal", message, "Leave out pg_wal_directory, or delta.")
         self._refusals += places.check_tablespaces(request, locations)
         self._refusals += places.check_wal_directory(request, self.wal_directory, locations, marker.get("pg_wal", ""))
-        for location in locations.values():
+        own = self._check_in_place(result, marker) if self._in_place else set()
+        for location in set(locations.values()) - own:
             if os.path.isdir(location) and foreign_content(location, location in killed):
                 message = f"The tablespace directory {location} is not empty."
                 self._refuse("tablespace_not_empty", message, "Map it to an empty one with tablespace_mapping.")
         if request.config_dir and not os.path.exists(os.path.join(request.config_dir, "postgresql.conf")):
             self._refuse("config_dir", f"{request.config_dir} holds no postgresql.conf.")
+
+    def _check_in_place(self, result: RestorePlan, found: Mapping[str, Any]) -> set[str]:
+        """May the directory be changed where it is? Returns the tablespaces' directories that are its own."""
+        pgdata = self._request.pgdata
+        if len(result.chain) > 1:
+            message = f"{result.backup.label} is an incremental backup, which a delta restore cannot begin with."
+            nearest = f"Restore without delta, or begin with the full backup {result.chain[0].label}."
+            self._refuse("delta_incremental", message, nearest)
+        if result.backup.own_wal:
+            message = (
+                f"{result.backup.label} was taken offline and brings WAL of its own, which a delta restore does not."
+            )
+            self._refuse("delta_offline", message, "Restore without delta, or begin with another backup.")
+        locations = self._request.locations(result.backup)
+        linked = {oid: target for oid, _link, target in delta.links(pgdata)}
+        own = {location for oid, location in locations.items() if linked.get(oid) == location}
+        known = [*found.get("locations", []), *found.get("delta", {}).get("locations", [])]
+        own |= {location for location in locations.values() if location in known}
+        used = delta.used_by_a_server(own | set(linked.values()), pgdata)
+        if used is not None:
+            message = f"The tablespace directory {used[0]} is in use by the server on {used[1]}."
+            nearest = f"{pgdata} is a copy of that directory. Restore without delta, and map the tablespaces elsewhere."
+            self._refuse("tablespace_in_use", message, nearest)
+        return own
+
+    def _with_delta(self, result: RestorePlan) -> RestorePlan:
+        """Say what is lost, for it cannot be undone."""
+        pgdata = self._request.pgdata
+        if not self._in_place:
+            note = f"delta: {pgdata} is empty, so that everything is written"
+            return replace(result, notes=(*result.notes, note))
+        notes = [
+            f"delta: {pgdata} is changed in place and not moved aside; there is no undo. Files that the backup does"
+            " not have, such as server logs in it, are removed"
+        ]
+        waiting = delta.unarchived(pgdata)
+        if waiting:
+            notes.append(f"delta: {waiting} segments in its pg_wal are finished and not archived; they are lost")
+        locations = self._request.locations(result.backup)
+        for oid, _link, target in delta.links(pgdata):
+            if oid not in locations:
+                notes.append(f"delta: the tablespace in {target} is not in the backup; its files are removed")
+            elif locations[oid] != target:
+                notes.append(f"delta: the tablespace in {target} goes to {locations[oid]}; the old files stay")
+        return replace(result, notes=(*result.notes, *notes), in_place=True)
 
     def _check_keys(self, result: RestorePlan, index: ArchiveIndex) -> None:
         """Can everything that is needed be decrypted here?
@@ -311,7 +384,7 @@ class Planner:
         if tree.identity:
             self._try("backup_damaged", lambda: check_identity(tree.identity))
             if f"{os.path.realpath(tree.identity)}/".startswith(f"{os.path.realpath(self._request.pgdata)}/"):
-                message = f"The identity file {tree.identity} lies in the data directory, which is moved aside."
+                message = f"The identity file {tree.identity} lies in the data directory, which is replaced."
                 self._refuse("identity_unusable", message, "Keep it elsewhere.")
         if self._refusals:
             return

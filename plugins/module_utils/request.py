@@ -34,6 +34,8 @@ class Request:
     # Where pg_wal goes, outside of the data directory.
     pg_wal_directory: str = ""
     force: bool = False
+    # Change the directory in place, where there is one of this cluster, instead of moving it aside.
+    delta: bool = False
     keep_unaccepted: bool = True
     archive_after: str = "none-until-promoted"
     verify: bool = True

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import combine, extract, locks, places, recovery_conf, tail
+from .delta import Delta, Summary, exclusive
 from .errors import PitrError
 from .index import scan
 from .plan import RestorePlan
@@ -29,18 +30,22 @@ from .postgres import binary, control_data, run, running_pid, shell_command
 from .repository import BEING_REMOVED
 from .request import Request
 from .tree import fsync_directory
-from .unfinished import IN_PROGRESS, Marker, empty, left_behind, remove_incomplete, unaccepted
+from .unfinished import Marker, empty, half_done_delta, left_behind, remove_incomplete, unaccepted
 from .upstream import ACCEPTED
 from .wal import WalFile
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was done. ``moved_aside`` is where the old directory is now, or empty. ``seconds`` of the copy."""
+    """What was done. ``moved_aside`` is where the old directory is now, or empty. ``seconds`` of the copy.
+
+    ``delta`` tells how much was kept when a directory was changed in place.
+    """
 
     plan: RestorePlan
     moved_aside: str
     seconds: float
+    delta: Summary | None = None
 
 
 class Restore:
@@ -89,7 +94,7 @@ class Restore:
                             f"{stored} was removed by an expire since the plan was made. Nothing was touched; plan"
                             " again."
                         )
-                return self._execute(result, lease)
+                return self._execute_delta(result, lease) if result.in_place else self._execute(result, lease)
         except BaseException:
             locks.release(self._planner.folder, lease)
             raise
@@ -121,17 +126,11 @@ class Restore:
             os.makedirs(pgdata, mode=0o700, exist_ok=True)
             os.chmod(pgdata, 0o700)
             total = sum(link.database_bytes for link in result.chain)
-            progress = Marker(os.path.join(pgdata, IN_PROGRESS), result.backup, moved_aside, locations, total, wal)
+            path = os.path.join(pgdata, extract.IN_PROGRESS)
+            progress = Marker(path, result.backup, moved_aside, locations, total=total, pg_wal=wal)
             places.link_wal(pgdata, wal)
             self._bring_files(result, locations, self._renewing(progress, lease))
-            extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, locations)
-            places.check_links(pgdata, locations, wal)
-            self._bring_tail(result)
-            recovery_conf.write(
-                self._request.configuration, pgdata, self._settings(result, lease), self._recorded(result)
-            )
-            self._place_control(pgdata)
-            self._check_effective(result, lease)
+            self._complete(result, locations, lease)
         except BaseException:
             self._put_back(moved_aside, locations, progress, was_there)
             if progress is not None:
@@ -154,17 +153,84 @@ class Restore:
         if request.verify:
             extract.verify(result.backup, stored, request.pgdata, request.bin_dir, folder.tree)
 
+    def _complete(self, result: RestorePlan, locations: Mapping[int, str], lease: str) -> None:
+        """All files of the backup are there: what the recovery needs beside them, and pg_control last."""
+        pgdata = self._request.pgdata
+        extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, dict(locations))
+        places.check_links(pgdata, locations, self._planner.wal_directory)
+        self._bring_tail(result)
+        recovery_conf.write(self._request.configuration, pgdata, self._settings(result, lease), self._recorded(result))
+        extract.settle(pgdata, *locations.values())
+        self._place_control(pgdata)
+        self._check_effective(result, lease)
+
+    def _execute_delta(self, result: RestorePlan, lease: str) -> Result:
+        """Change the directory in place. What fails, or is killed, half-way is for the next delta restore."""
+        started = time.monotonic()
+        pgdata = self._request.pgdata
+        locations = self._request.locations(result.backup)
+        stored = os.path.join(self._planner.folder.backups_path, result.backup.label)
+        tree = self._planner.folder.tree
+        work = Delta(result.backup, stored, pgdata, locations, self._request.bin_dir, tree, self._keep_in_place)
+        with exclusive(pgdata):
+            killed = left_behind(pgdata, self._planner.chapter.system_identifier)
+            comparison = work.compare(lambda: self._renew(lease))
+            pid = running_pid(pgdata)
+            if pid is not None:
+                raise PitrError(
+                    f"A server was started in {pgdata} (process {pid}) since the plan was made. Nothing was touched."
+                )
+            moved_aside = str((killed or {}).get("moved_aside") or "")
+            path = os.path.join(pgdata, extract.IN_PROGRESS)
+            progress = Marker(path, result.backup, moved_aside, locations, delta=True)
+            try:
+                work.hold(comparison)
+                os.chmod(pgdata, 0o700)
+                work.clear(comparison)
+                work.write(comparison, self._renewing(progress, lease))
+                summary = work.verify(comparison, self._request.verify)
+                self._complete(result, locations, lease)
+            except BaseException as error:
+                # No server may start from this; and the next try must know it.
+                with contextlib.suppress(OSError):
+                    progress.write()
+                if os.path.exists(path):
+                    with contextlib.suppress(OSError):
+                        os.unlink(os.path.join(pgdata, extract.PG_CONTROL))
+                recovery_conf.discard(self._request.configuration)
+                if isinstance(error, (PitrError, OSError)):
+                    raise self._half_done(error) from error
+                raise
+        return Result(result, moved_aside, round(time.monotonic() - started, 3), summary)
+
+    def _half_done(self, error: PitrError | OSError) -> PitrError:
+        said = error.message if isinstance(error, PitrError) else f"{error.filename or 'The system'}: {error.strerror}."
+        detail = error.detail if isinstance(error, PitrError) else {}
+        return PitrError(
+            f"{said} {self._request.pgdata} was being changed in place: it is half done, and no server can start from"
+            " it. Mend the cause and repeat the restore with delta, or restore with force and without delta, which"
+            " moves it aside.",
+            **detail,
+        )
+
+    def _keep_in_place(self, _name: str) -> bool:
+        """Whether a file that the backup does not have (such as ``pg_wal/…``) stays in a delta restore."""
+        return False
+
     def _renewing(self, progress: Marker, lease: str) -> Callable[[int], None]:
         """Counts bytes, and renews the lease every minute of a long copy."""
 
         def add(count: int) -> None:
             progress.add(count)
-            if time.monotonic() - self._claimed_at > 60:
-                self._claimed_at = time.monotonic()
-                with contextlib.suppress(OSError, PitrError):
-                    self._planner.folder.touch_lease(lease)
+            self._renew(lease)
 
         return add
+
+    def _renew(self, lease: str) -> None:
+        if time.monotonic() - self._claimed_at > 60:
+            self._claimed_at = time.monotonic()
+            with contextlib.suppress(OSError, PitrError):
+                self._planner.folder.touch_lease(lease)
 
     def _clear(self) -> str:
         """Remove what a killed restore, or one that nobody wants to keep, has left.
@@ -173,8 +239,9 @@ class Restore:
         """
         pgdata = self._request.pgdata
         killed = left_behind(pgdata, self._planner.chapter.system_identifier)
-        if killed is None:
-            if not self._request.keep_unaccepted and unaccepted(self._request):
+        if killed is None or half_done_delta(killed):
+            # What a delta restore has left is somebody's data directory; it is moved aside like any other.
+            if killed is None and not self._request.keep_unaccepted and unaccepted(self._request):
                 wal = _made_wal(self._request)
                 shutil.rmtree(pgdata)
                 places.clear_wal(wal)
@@ -267,7 +334,7 @@ class Restore:
         """The last step: only now can a server start here."""
         os.rename(os.path.join(pgdata, extract.HELD_BACK), os.path.join(pgdata, extract.PG_CONTROL))
         fsync_directory(os.path.join(pgdata, "global"))
-        os.unlink(os.path.join(pgdata, IN_PROGRESS))
+        os.unlink(os.path.join(pgdata, extract.IN_PROGRESS))
         fsync_directory(pgdata)
 
     def _check_effective(self, result: RestorePlan, lease: str) -> None:
@@ -330,7 +397,7 @@ def settle(request: Request, moved_aside: str, check: bool = False) -> bool:
     if not os.path.lexists(moved_aside):
         return False
     # Recovery settings anywhere are enough here: what is in doubt is not accepted.
-    if recovery_conf.planned(request.configuration) or os.path.exists(os.path.join(pgdata, IN_PROGRESS)):
+    if recovery_conf.planned(request.configuration) or os.path.exists(os.path.join(pgdata, extract.IN_PROGRESS)):
         raise PitrError(f"The restored cluster in {pgdata} is not accepted yet; {moved_aside} stays.")
     if not moved_aside.startswith(f"{pgdata}.old-") or os.path.dirname(moved_aside) != os.path.dirname(pgdata):
         raise PitrError(f"{moved_aside} is not what a restore of {pgdata} has moved aside. It stays.")
@@ -356,7 +423,7 @@ def undo(request: Request, moved_aside: str, check: bool = False) -> str:
     if pid is not None:
         raise PitrError(f"A server is running in {pgdata} (process {pid}). Stop it first; nothing was changed.")
     in_the_way = os.path.isdir(pgdata) and bool(os.listdir(pgdata))
-    half_done = os.path.exists(os.path.join(pgdata, IN_PROGRESS))
+    half_done = os.path.exists(os.path.join(pgdata, extract.IN_PROGRESS))
     ours = control_data(request.bin_dir, moved_aside).system_identifier
     if in_the_way and not half_done:
         if not unaccepted(request) or control_data(request.bin_dir, pgdata).system_identifier != ours:

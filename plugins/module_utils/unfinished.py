@@ -16,16 +16,16 @@ from typing import Any
 
 from . import extract, recovery_conf
 from .catalog import Backup
+from .extract import IN_PROGRESS
 from .repository import write_json
 from .request import Request
-
-IN_PROGRESS = "pitr-restoring.json"
 
 
 class Marker:
     """Says in the directory that it is not complete, of which cluster it is, and how much of it is there.
 
     The next try after a kill reads from it where the old directory is and which tablespace directories it may clear.
+    Those of a delta restore are not to be cleared: what lies in them belongs to the cluster, and to others.
     """
 
     def __init__(
@@ -36,11 +36,16 @@ class Marker:
         locations: Mapping[int, str],
         total: int = 0,
         pg_wal: str = "",
+        delta: bool = False,
     ) -> None:
         """``total``: bytes that will be counted, when they are not the backup's own."""
         self._path = path
         self._facts = {"format": 1, "system_identifier": backup.system_identifier, "backup": backup.label}
-        self._left = {"moved_aside": moved_aside, "locations": sorted(locations.values()), "pg_wal": pg_wal}
+        places = sorted(locations.values())
+        self._left: dict[str, Any] = {"moved_aside": moved_aside, "locations": [] if delta else places}
+        self._left["pg_wal"] = pg_wal
+        if delta:
+            self._left["delta"] = {"locations": places}
         self._total = total or backup.database_bytes
         self._done = 0
         self.write()
@@ -73,6 +78,11 @@ def left_behind(pgdata: str, system_identifier: str) -> dict[str, Any] | None:
         if isinstance(found, dict) and found.get("system_identifier") == system_identifier:
             return found
     return None
+
+
+def half_done_delta(found: Mapping[str, Any] | None) -> bool:
+    """Whether what ``left_behind`` has found is a data directory that a delta restore was changing in place."""
+    return found is not None and "delta" in found
 
 
 def unaccepted(request: Request) -> bool:

@@ -16,7 +16,7 @@ description:
   - Every refusal that can be known is given before anything is touched. In check mode the plan is made and nothing
     else.
   - A data directory in the way is never removed; with O(force) it is moved aside, and only when it is this cluster's
-    own and no server is running on it.
+    own and no server is running on it. With O(delta), too, it is changed in place instead.
   - Run it as the user that owns the data directory.
 extends_documentation_fragment:
   - pgdrill.pitr.repository
@@ -131,9 +131,21 @@ options:
     required: true
   force:
     description:
-      - Replace a data directory of the same cluster; it is moved aside.
+      - Replace a data directory of the same cluster; it is moved aside, or with O(delta) changed in place.
     type: bool
     default: false
+  delta:
+    description:
+      - Change the data directory in place. Every file is compared with the backup's manifest by its content; what
+        differs is written anew, what the backup does not have is removed, and everything else stays.
+      - Needs O(force), and a directory of the same cluster without a running server, or what an interrupted restore of
+        it has left. Where there is no directory, or an empty one, everything is written.
+      - Nothing is moved aside, so that there is nothing to undo. A delta restore that failed or was interrupted leaves a
+        directory that no server can start from; repeat it.
+      - Not with an incremental backup.
+    type: bool
+    default: false
+    version_added: 0.2.0
   keep_unaccepted:
     description:
       - Whether a restored cluster that was never accepted is moved aside like any other, or removed when it is in the
@@ -219,6 +231,7 @@ plan:
     wal_bytes: 100663296
     end_lsn: 0/8000000
     backup_bytes: 23443211
+    in_place: false
     notes: []
     from_receiver: []
     at_least: null
@@ -232,6 +245,11 @@ timeline:
   returned: with O(state=present)
   type: int
   sample: 1
+delta:
+  description: Files and bytes that were kept and written when a directory was changed in place, and files removed.
+  returned: with O(delta=true), when there was a directory and it was changed
+  type: dict
+  sample: {kept: 961, kept_bytes: 1199570944, written: 7, written_bytes: 1114112, removed: 12}
 moved_aside:
   description: Where the old data directory is now; empty when there was none.
   returned: success
@@ -303,6 +321,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "archive_after": {"type": "str", "choices": list(ARCHIVE_AFTER), "default": "none-until-promoted"},
     "wal_command": {"type": "path", "required": True},
     "force": {"type": "bool", "default": False},
+    "delta": {"type": "bool", "default": False},
     "keep_unaccepted": {"type": "bool", "default": True},
     "moved_aside": {"type": "path"},
     "identity": {"type": "path"},
@@ -329,6 +348,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         tablespace_prefix=params["tablespace_prefix"] or "",
         pg_wal_directory=params["pg_wal_directory"] or "",
         force=params["force"],
+        delta=params["delta"],
         keep_unaccepted=params["keep_unaccepted"],
         archive_after=params["archive_after"],
         verify=params["verify"],
@@ -357,6 +377,8 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     if not module.check_mode:
         done = restore.execute(plan)
         result["moved_aside"] = done.moved_aside
+        if done.delta is not None:
+            result["delta"] = done.delta.to_dict()
     return result
 
 

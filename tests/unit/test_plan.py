@@ -174,6 +174,7 @@ def test_plan_is_told_in_full() -> None:
         "wal_bytes": 2 * MIB,
         "end_lsn": "0/300010",
         "backup_bytes": 1000,
+        "in_place": False,
         "notes": [],
         "from_receiver": [],
         "at_least": None,
