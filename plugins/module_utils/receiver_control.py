@@ -28,8 +28,8 @@ from .receiver import (
     settings_path,
     try_lock,
 )
-from .recovery import log_tail
 from .repository import ClusterFolder, write_atomic
+from .serverlog import tail as log_tail
 from .tree import fsync_directory
 
 # Seconds for a killed process to let go of its files.

@@ -19,12 +19,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from . import extract, locks, recovery_conf, tail
+from . import extract, keep_out, locks, recovery_conf, tail
 from .errors import PitrError
 from .index import scan
 from .plan import RestorePlan
 from .planning import Planner
-from .postgres import binary, control_data, run, running_pid, shell_command
+from .postgres import control_data, effective_setting, running_pid, shell_command
 from .receiver import ACCEPTED
 from .repository import BEING_REMOVED
 from .request import Request
@@ -48,6 +48,7 @@ class Restore:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._planner = Planner(request)
+        self._hba_file = ""
 
     def plan(self) -> RestorePlan:
         """Decide without touching anything. Raises RefusedError with every reason that can be known now."""
@@ -127,12 +128,8 @@ class Restore:
                 extract.verify(result.backup, stored, pgdata, self._request.bin_dir, self._planner.folder.tree)
             extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, locations)
             self._bring_tail(result)
-            recovery_conf.write(
-                self._request.configuration,
-                pgdata,
-                self._settings(result, lease),
-                {**result.to_dict(), "started_at": time.time()},
-            )
+            self._write_settings(result, lease)
+            self._keep_out(result, lease)
             self._place_control(pgdata)
             self._check_effective(result, lease)
         except BaseException:
@@ -230,6 +227,30 @@ class Restore:
             settings["archive_command"] = shell_command([request.wal_command, "hold", request.cluster], ["%p"])
         return settings
 
+    def _write_settings(self, result: RestorePlan, lease: str, raised: Mapping[str, str] | None = None) -> None:
+        """The include file, with the plan and what is needed to undo it."""
+        document = {**result.to_dict(), "started_at": time.time()}
+        if self._hba_file:
+            document["hba_file"] = self._hba_file
+        if raised:
+            document["raised"] = dict(raised)
+        settings = {**self._settings(result, lease), **(raised or {})}
+        recovery_conf.write(self._request.configuration, self._request.pgdata, settings, document)
+
+    def _keep_out(self, result: RestorePlan, lease: str) -> None:
+        """Ordinary users stay out until the cluster is accepted. Before a server can start, so that none is let in."""
+        request = self._request
+        if not request.keep_out:
+            return
+        hba_file = self._effective("hba_file")
+        why = keep_out.problem(hba_file, [request.pgdata, request.configuration])
+        if why:
+            raise PitrError(f"Ordinary users cannot be kept out of the restored cluster: {why}. {keep_out.INSTEAD}")
+        # Written down first: whatever happens from here on, undoing knows what to put back.
+        self._hba_file = hba_file
+        self._write_settings(result, lease)
+        keep_out.shut(hba_file, request.inspect_user, request.inspect_hba)
+
     def _place_control(self, pgdata: str) -> None:
         """The last step: only now can a server start here."""
         os.rename(os.path.join(pgdata, extract.HELD_BACK), os.path.join(pgdata, extract.PG_CONTROL))
@@ -247,12 +268,7 @@ class Restore:
                 raised[name] = str(floor)
         expected = self._settings(result, lease)
         if raised:
-            recovery_conf.write(
-                request.configuration,
-                request.pgdata,
-                {**expected, **raised},
-                {**result.to_dict(), "started_at": time.time(), "raised": raised},
-            )
+            self._write_settings(result, lease, raised)
         for name in ("restore_command", "recovery_target_timeline", "archive_mode", *raised):
             value = self._effective(name)
             if name in expected and value != expected[name]:
@@ -262,13 +278,7 @@ class Restore:
                 )
 
     def _effective(self, name: str) -> str:
-        argv = [binary(self._request.bin_dir, "postgres"), "-D", self._request.configuration, "-C", name]
-        try:
-            return run(argv).rstrip("\n")
-        except PitrError as error:
-            raise PitrError(
-                f"The configuration in {self._request.configuration} cannot be used: {error.message}"
-            ) from None
+        return effective_setting(self._request.bin_dir, self._request.configuration, name)
 
 
 def settle(request: Request, moved_aside: str, check: bool = False) -> bool:
