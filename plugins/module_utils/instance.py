@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from .errors import PitrError
 from .postgres import binary, control_data, data_version, run, running_pid
-from .recovery import LOOK, log_tail
+from .recovery import LOOK
+from .serverlog import tail as log_tail
 
 
 @dataclass(frozen=True)

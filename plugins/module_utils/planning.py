@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from . import combine, delta, extract, places, tail
+from . import combine, delta, extract, keep_out, places, tail
 from .backup import damaged_backups, stored_backups
 from .catalog import Backup, broken_chains
 from .encryption import LockedError, by_recipients, check_identity, recipients_id, try_identity
@@ -35,7 +35,7 @@ from .plan import (
     segment_names,
     target_timeline,
 )
-from .postgres import binary_version, control_data, data_version, running_pid
+from .postgres import binary_version, control_data, data_version, effective_setting, running_pid
 from .repository import ClusterFolder
 from .request import Request
 from .tail import Tail
@@ -329,6 +329,29 @@ class Planner:
                 self._refuse("tablespace_not_empty", message, "Map it to an empty one with tablespace_mapping.")
         if request.config_dir and not os.path.exists(os.path.join(request.config_dir, "postgresql.conf")):
             self._refuse("config_dir", f"{request.config_dir} holds no postgresql.conf.")
+        elif request.keep_out:
+            self._check_keep_out()
+
+    def _check_keep_out(self) -> None:
+        """Can ordinary users be kept out? What is in the data directory comes with the backup; only its place counts."""
+        request = self._request
+        try:
+            keep_out.rules("", request.inspect_user, request.inspect_hba)
+        except PitrError as error:
+            self._refuse("keep_out", error.message)
+        if not os.path.exists(os.path.join(request.configuration, "postgresql.conf")):
+            return
+        try:
+            hba_file = effective_setting(request.bin_dir, request.configuration, "hba_file")
+        except PitrError:
+            # Of the old directory it does not matter; of another one the restore says so, and puts everything back.
+            return
+        why = keep_out.problem(hba_file, [request.pgdata, request.configuration])
+        within = f"{os.path.realpath(hba_file)}/".startswith(f"{os.path.realpath(request.pgdata)}/")
+        if why and not within:
+            self._refuse(
+                "keep_out", f"Ordinary users cannot be kept out of the restored cluster: {why}.", keep_out.INSTEAD
+            )
 
     def _check_in_place(self, result: RestorePlan, found: Mapping[str, Any]) -> set[str]:
         """May the directory be changed where it is? Returns the tablespaces' directories that are its own."""

@@ -167,6 +167,17 @@ def _run(argv: Sequence[str], env: Mapping[str, str] | None = None, timeout: flo
     return result.stdout.decode(errors="replace"), result.stderr.decode(errors="replace")
 
 
+def effective_setting(bin_dir: str, config_dir: str, name: str) -> str:
+    """What a server would use, as its own parser reads the files in ``config_dir``.
+
+    Raises PitrError when they cannot be read.
+    """
+    try:
+        return run([binary(bin_dir, "postgres"), "-D", config_dir, "-C", name]).rstrip("\n")
+    except PitrError as error:
+        raise PitrError(f"The configuration in {config_dir} cannot be used: {error.message}") from None
+
+
 def binary_version(bin_dir: str) -> int:
     """Major version of the programs in ``bin_dir``."""
     output = run([binary(bin_dir, "postgres"), "--version"])

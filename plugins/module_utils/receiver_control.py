@@ -19,8 +19,8 @@ from typing import Any
 from .errors import PitrError
 from .install import COMMAND
 from .receiver import holders, lock_path, read_status, try_lock
-from .recovery import log_tail
 from .repository import ClusterFolder, write_atomic
+from .serverlog import tail as log_tail
 from .tree import fsync_directory
 from .upstream import Primary, Settings, read_settings, settings_path
 

@@ -6,7 +6,7 @@
 
 Where a recovery stopped is read from what PostgreSQL itself writes down: the last line of the new timeline's history
 file tells the switch point and the reason (getRecoveryStopReason of xlogrecovery.c), whatever the logging settings
-are.
+are. A pause or a shutdown at the target leaves no such line; the server's log tells it, or the position (reached.py).
 """
 
 from __future__ import annotations
@@ -18,137 +18,28 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from . import places, recovery_conf, settings
+from . import keep_out, places, recovery_conf, serverlog, settings
 from .errors import PitrError
 from .postgres import FLOORS, Login, control_data, postmaster_status, query, running_pid
-from .target import parse_time
+from .reached import Reached, contradiction, logged_reason, parse_reason, proven_by_position
 from .timeline import parse_history
 from .wal import Lsn, WalFile, history_name
 
-_XID = re.compile(r"(before|after) transaction (\d+)\Z")
-_TIME = re.compile(r"(before|after) (\d{4}-\d\d-\d\d .+)\Z")
-_LSN = re.compile(r"(before|after) LSN ([0-9A-F]+/[0-9A-F]+)\Z")
-_NAME = re.compile(r'at restore point "(.*)"\Z')
-# The same in the server's log (recoveryStopsBefore and recoveryStopsAfter of xlogrecovery.c), which tells more.
-_STARTED = "starting PostgreSQL "
-_STOPPING = re.compile(r"recovery stopping (.*)")
-_LOG_TRANSACTION = re.compile(r"(before|after) (?:commit|abort) of transaction (\d+), time (.+)\Z")
-_LOG_LSN = re.compile(r'(before|after) WAL location \(LSN\) "([0-9A-F]+/[0-9A-F]+)"\Z')
-_LOG_NAME = re.compile(r'(at restore point ".*"), time .+\Z')
-LOG_TAIL_BYTES = 64 * 1024
-LOG_TAIL_LINES = 15
 # Seconds between two looks at postmaster.pid.
 LOOK = 0.01
-
-
-@dataclass(frozen=True)
-class Reached:
-    """Where a recovery stopped. ``lsn`` is the end of the last replayed record; ``reason`` is PostgreSQL's wording."""
-
-    lsn: str
-    reason: str
-    xid: str = ""
-    time: str = ""
-    name: str = ""
-    last_transaction_time: str = ""
-
-    def to_dict(self) -> dict[str, str]:
-        """For a module's result."""
-        return dict(self.__dict__)
-
-
-def parse_reason(lsn: str, reason: str, last_transaction_time: str = "") -> Reached:
-    """Take the reason of a history file's line apart."""
-    fields: dict[str, str] = {}
-    for pattern, key in ((_XID, "xid"), (_LSN, "stop"), (_TIME, "time")):
-        match = pattern.match(reason)
-        if match:
-            fields[key] = match.group(2)
-            break
-    match = _NAME.match(reason)
-    if match:
-        fields["name"] = match.group(1)
-    fields.pop("stop", None)
-    return Reached(lsn=lsn, reason=reason, last_transaction_time=last_transaction_time, **fields)
-
-
-def contradiction(planned: Mapping[str, Any], reached: Reached) -> str:
-    """Why ``reached`` is not what was planned, or the empty text. Never assume that a target was met; compare."""
-    kind, value = str(planned.get("target_kind", "latest")), str(planned.get("target_value", ""))
-    inclusive = bool(planned.get("target_inclusive", True))
-    reason = reached.reason
-    if kind == "xid":
-        fits = reached.xid == str(int(value) & 0xFFFFFFFF) and reason.startswith("after" if inclusive else "before")
-    elif kind == "name":
-        fits = reached.name == value
-    elif kind == "lsn":
-        match = _LSN.match(reason)
-        fits = match is not None and Lsn.parse(match.group(2)) >= Lsn.parse(value)
-    elif kind == "time":
-        # Stopped before the first transaction that ended later than the target (or at it, when exclusive).
-        stopped = parse_time(reached.time) if reached.time else None
-        asked = parse_time(value)
-        fits = stopped is not None and (stopped > asked or (stopped == asked and not inclusive))
-    elif kind == "immediate":
-        fits = reason == "reached consistency"
-    else:
-        fits = reason == "no recovery target specified"
-        begin = Lsn.parse(str(planned["at_least"])) if planned.get("at_least") else _last_segment(planned)
-        if fits and begin is not None and Lsn.parse(reached.lsn) <= begin:
-            # PostgreSQL takes a damaged record for the end of WAL, and promotes.
-            return f"the archive reaches beyond {begin}, but WAL could be read only up to {reached.lsn}"
-    return "" if fits else f"asked for {kind} {value}".rstrip() + f", but PostgreSQL stopped: {reason}"
-
-
-def _last_segment(planned: Mapping[str, Any]) -> Lsn | None:
-    """Where the last planned segment begins; a recovery to the end of the archive ends behind that."""
-    if not planned.get("segments") or "end_lsn" not in planned:
-        return None
-    return Lsn(Lsn.parse(planned["end_lsn"]) - int(planned["wal_bytes"]) // int(planned["segments"]))
-
-
-def logged_reason(lines: list[str], kind: str) -> str:
-    """Why the last recovery in these lines of a server's log stopped, in the words of a history file.
-
-    ``kind`` is the target's. Empty when the last start of the server has not come to a target.
-    """
-    reason = ""
-    for line in lines:
-        match = _STOPPING.search(line)
-        if match:
-            reason = match.group(1).strip()
-        elif _STARTED in line:
-            reason = ""
-    match = _LOG_TRANSACTION.match(reason)
-    if match:
-        side, xid, when = match.groups()
-        return f"{side} {when}" if kind == "time" else f"{side} transaction {xid}"
-    match = _LOG_LSN.match(reason)
-    if match:
-        return f"{match.group(1)} LSN {match.group(2)}"
-    match = _LOG_NAME.match(reason)
-    if match:
-        return match.group(1)
-    return "reached consistency" if reason == "after reaching consistency" else reason
-
-
-def _log_lines(log_file: str) -> list[str]:
-    """The last lines of a server's log; none when it cannot be read."""
-    try:
-        with open(log_file, "rb") as stream:
-            stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, stream.tell() - LOG_TAIL_BYTES))
-            return stream.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def log_tail(log_file: str) -> str:
-    """The last lines of a server log that are worth showing, or the empty text."""
-    return "\n".join(_log_lines(log_file)[-LOG_TAIL_LINES:])
+SIGNALS = ("recovery.signal", "standby.signal")
+# Settings of the include file that a reload takes away; the others keep their source until the server is started anew.
+_RELOADED = " AND context <> 'postmaster'"
+_OURS = (f"%/{recovery_conf.FILE}",)
+_NOT_RESTARTED = (
+    "The target of the recovery in {pgdata} was moved to {target}, and the server still stands at its old one. Start it"
+    " again."
+)
+# What a server that is up says to whom it does not let in; anything else may pass.
+_REJECTED = re.compile(r'pg_hba\.conf|authentication failed|no password supplied|role "[^"]*" does not exist')
 
 
 def replayed_segment(postmaster: int) -> str:
@@ -173,7 +64,8 @@ def replayed_segment(postmaster: int) -> str:
 class Progress:
     """How far a recovery is. ``percent`` of the planned WAL; ``remaining_seconds`` is an estimate, None when unknown.
 
-    ``state`` is restoring, starting, replaying, paused, promoted or stopped.
+    ``state`` is restoring, starting, replaying, paused, promoted or stopped. ``distance_bytes`` to ``end_lsn``, where
+    the target is, or at the latest will have been. ``bytes_per_second`` since the server was started.
     """
 
     state: str
@@ -181,6 +73,11 @@ class Progress:
     end_lsn: str = ""
     percent: float | None = None
     remaining_seconds: float | None = None
+    timeline: int | None = None
+    distance_bytes: int | None = None
+    bytes_per_second: int | None = None
+    last_transaction_time: str = ""
+    target: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """For a module's result."""
@@ -197,6 +94,24 @@ class Progress:
         return text
 
 
+def _started_at(pgdata: str) -> float:
+    """When the running server was started, in seconds of the epoch (LOCK_FILE_LINE_START_TIME); 0 when unknown."""
+    try:
+        with open(os.path.join(pgdata, "postmaster.pid"), encoding="utf-8", errors="replace") as stream:
+            return float(stream.read().split("\n")[2])
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
+def replayed_timeline(planned: Mapping[str, Any], lsn: Lsn) -> int | None:
+    """The timeline that the WAL before this position is of, along the plan's way; None without a plan."""
+    found = None
+    for span in planned.get("timeline_path") or []:
+        if found is None or Lsn.parse(span["from"]) < lsn:
+            found = int(span["timeline"])
+    return found
+
+
 class Recovery:
     """The recovery of one server."""
 
@@ -210,6 +125,8 @@ class Recovery:
         self._bin_dir = bin_dir
         self._config_dir = config_dir or pgdata
         self._log_file = log_file
+        # Why the last look was not let in, empty when it was.
+        self._rejected = ""
 
     def planned(self) -> dict[str, Any]:
         """What the restore wrote down; empty when no managed recovery is under way."""
@@ -217,27 +134,35 @@ class Recovery:
 
     def progress(self) -> Progress:
         """One look, which never fails for a server that is not there yet."""
+        self._rejected = ""
         pid = running_pid(self._pgdata)
         if pid is None:
-            return self._restoring() or Progress("stopped")
-        lsn, state = "", "starting"
-        with contextlib.suppress(PitrError), contextlib.closing(self._login.connect()) as connection:
-            row = query(
-                connection,
-                "SELECT pg_is_in_recovery(), CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()::text"
-                " ELSE pg_current_wal_lsn()::text END,"
-                " CASE WHEN pg_is_in_recovery() THEN pg_get_wal_replay_pause_state() ELSE '' END",
-            )[0]
-            lsn = row[1] or ""
+            return self._restoring() or Progress("stopped", target=str(self.planned().get("target", "")))
+        lsn, state, when, timeline = "", "starting", "", None
+        try:
+            with contextlib.closing(self._login.connect()) as connection:
+                row = query(
+                    connection,
+                    "SELECT pg_is_in_recovery(), CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()::text"
+                    " ELSE pg_current_wal_lsn()::text END,"
+                    " CASE WHEN pg_is_in_recovery() THEN pg_get_wal_replay_pause_state() ELSE '' END,"
+                    " pg_last_xact_replay_timestamp(),"
+                    " CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_walfile_name(pg_current_wal_lsn()) END",
+                )[0]
+            lsn, when = row[1] or "", _utc(row[3])
             state = ("paused" if row[2] == "paused" else "replaying") if row[0] else "promoted"
-        planned = self.planned()
+            timeline = WalFile.parse(row[4]).timeline if row[4] else None
+        except PitrError as error:
+            if postmaster_status(self._pgdata) in ("ready", "standby") and _REJECTED.search(error.message):
+                self._rejected = error.message
         if state == "starting":
             segment = replayed_segment(pid)
             if segment:
                 state = "replaying"
                 size = control_data(self._bin_dir, self._pgdata).wal_segment_size
+                timeline = WalFile.parse(segment).timeline
                 lsn = str(Lsn(WalFile.parse(segment).number(size) * size))
-        return self._estimate(state, lsn, planned)
+        return self._estimate(Progress(state, lsn, timeline=timeline, last_transaction_time=when), self.planned())
 
     def _restoring(self) -> Progress | None:
         """How much of a base backup a running restore has unpacked."""
@@ -249,16 +174,29 @@ class Recovery:
             return None
         return Progress("restoring", percent=round(100 * done / total, 1) if total else None)
 
-    def _estimate(self, state: str, lsn: str, planned: Mapping[str, Any]) -> Progress:
-        if state not in ("replaying", "paused") or not lsn or "end_lsn" not in planned:
-            return Progress(state, lsn)
-        start, end, now = Lsn.parse(planned["start_lsn"]), Lsn.parse(planned["end_lsn"]), Lsn.parse(lsn)
+    def _estimate(self, seen: Progress, planned: Mapping[str, Any]) -> Progress:
+        """What was seen, measured by the plan."""
+        seen = replace(seen, target=str(planned.get("target", "")))
+        if seen.state not in ("replaying", "paused") or not seen.lsn or "end_lsn" not in planned:
+            return seen
+        start, now = Lsn.parse(planned["start_lsn"]), Lsn.parse(seen.lsn)
+        end = Lsn.parse(str(planned.get("target_lsn") or planned["end_lsn"]))
+        seen = replace(
+            seen,
+            end_lsn=str(end),
+            timeline=seen.timeline or replayed_timeline(planned, now),
+            distance_bytes=max(end - now, 0),
+        )
         if end <= start:
-            return Progress(state, lsn, str(end))
+            return seen
         done = min(max((now - start) / (end - start), 0.0), 1.0)
-        elapsed = time.time() - float(planned.get("started_at") or time.time())
-        remaining = elapsed * (1 - done) / done if done > 0.02 and elapsed > 0 and state == "replaying" else None
-        return Progress(state, lsn, str(end), round(done * 100, 1), remaining)
+        seen = replace(seen, percent=round(done * 100, 1))
+        begun = max(float(planned.get("started_at") or 0), _started_at(self._pgdata))
+        elapsed = time.time() - begun
+        if not begun or elapsed <= 0 or done <= 0.02 or seen.state != "replaying":
+            return seen
+        rate = int((now - start) / elapsed)
+        return replace(seen, bytes_per_second=rate, remaining_seconds=round(elapsed * (1 - done) / done, 1))
 
     def wait(self, timeout: float) -> tuple[Reached | None, Progress]:
         """Wait until the target is reached: promoted, paused there, or shut down there, as the plan's action says.
@@ -274,10 +212,15 @@ class Recovery:
             progress = self.progress()
             if progress.state == "stopped":
                 return self._stopped(action), progress
-            if progress.state == "promoted":
-                return self._promoted(), progress
-            if progress.state == "paused":
-                return self._paused(), progress
+            if progress.state in ("promoted", "paused"):
+                self._check_kept_out()
+                return self._promoted() if progress.state == "promoted" else self._paused(), progress
+            if self._rejected:
+                raise PitrError(
+                    f"The server in {self._pgdata} is up and does not let this task in, so that nothing is known of it:"
+                    f" {self._rejected}. During a recovery only inspect_user comes in, over the unix socket, and whom"
+                    " inspect_hba names (restore_inspect_hba). The recovery goes on."
+                )
             if time.monotonic() >= deadline:
                 return None, progress
             self._pause(min(pause, deadline - time.monotonic()))
@@ -297,8 +240,10 @@ class Recovery:
                 return
 
     def _died(self, why: str) -> PitrError:
-        tail = log_tail(self._log_file) if self._log_file else ""
-        hint = f" Last lines of {self._log_file}:\n{tail}" if tail else " Look into the server's log."
+        logs = serverlog.readable(self._pgdata, self._log_file)
+        # The collector may have come to nothing yet.
+        path = next((log for log in [*logs, self._log_file] if log and serverlog.tail(log)), "")
+        hint = f" Last lines of {path}:\n{serverlog.tail(path)}" if path else " Look into the server's log."
         return PitrError(f"The server in {self._pgdata} {why}. It has not been promoted; nothing was lost.{hint}")
 
     def _stopped(self, action: str) -> Reached:
@@ -313,6 +258,12 @@ class Recovery:
             places.check_server(connection, self.planned())
             names = tuple(FLOORS)
             rows = query(connection, "SELECT name, setting::int FROM pg_settings WHERE name IN %s", (names,))
+            running = dict(
+                query(connection, "SELECT name, setting FROM pg_settings WHERE name LIKE 'recovery\\_target%%'", ())
+            )
+        planned = recovery_conf.settings(self._config_dir)
+        if any(running.get(name, value) != value for name, value in planned.items()):
+            raise PitrError(_NOT_RESTARTED.format(pgdata=self._pgdata, target=self.planned().get("target")))
         # Replay raises pg_control's values with those of the primary and pauses when the server's own are lower.
         floors = control_data(self._bin_dir, self._pgdata).floors
         low = [f"{name} must be at least {floors[name]}, it is {value}" for name, value in rows if value < floors[name]]
@@ -324,20 +275,49 @@ class Recovery:
         return self._at_target(lsn, _utc(when), "is paused")
 
     def _at_target(self, lsn: str, when: str, state: str) -> Reached:
-        """Only the log tells a pause or a shutdown at the target from one that somebody asked for before it."""
+        """A pause or a shutdown at the target, told from one that somebody asked for before it."""
         planned = self.planned()
-        reason = logged_reason(_log_lines(self._log_file), str(planned.get("target_kind", "")))
+        said = serverlog.last_stop(self._pgdata, self._log_file)
+        reason = logged_reason([said] if said else [], str(planned.get("target_kind", "")))
         reached = parse_reason(lsn, reason, when)
         wrong = contradiction(planned, reached) if planned and reason else ""
+        if wrong and planned.get("moved_from") == lsn:
+            raise PitrError(_NOT_RESTARTED.format(pgdata=self._pgdata, target=planned.get("target")))
         if wrong:
             raise PitrError(f"The recovery of {self._pgdata} did not do what was planned: {wrong}.")
+        if not reason and planned:
+            reason = proven_by_position(planned, lsn)
+            reached = Reached(lsn, reason, last_transaction_time=when)
         if not reason or planned.get("target_action") == "promote":
-            where = f"nothing in {self._log_file} tells" if self._log_file else "no log was given (log_file) to tell"
             raise PitrError(
                 f"The recovery of {self._pgdata} {state} at {lsn}, and it is not proven that its target was reached:"
-                f" {where} of it. If somebody has done that before the target, resume it or start the server again."
+                f" {self._silent_log()} of it. If somebody has done that before the target, resume it or start the"
+                " server again."
             )
         return reached
+
+    def _silent_log(self) -> str:
+        """Why no log is proof."""
+        given = [paths[0] for _kind, paths in serverlog.sources(self._pgdata, self._log_file)]
+        if not given:
+            return "no log was given (log_file) to tell"
+        readable = serverlog.readable(self._pgdata, self._log_file)
+        return f"nothing in {', '.join(readable)} tells" if readable else f"{', '.join(given)} cannot be read to tell"
+
+    def _check_kept_out(self) -> None:
+        """Whether ordinary users are really kept out, where that was planned."""
+        planned = self.planned().get("hba_file")
+        if not planned:
+            return
+        with contextlib.closing(self._login.connect()) as connection:
+            used = str(query(connection, "SELECT current_setting('hba_file')")[0][0])
+        if os.path.realpath(used) == os.path.realpath(planned) and keep_out.kept_file(planned):
+            return
+        why = f"{planned} was replaced since" if used == planned else f"the server reads {used}, not {planned}"
+        raise PitrError(
+            f"Ordinary users are not kept out of the restored cluster in {self._pgdata}: {why}. They may have changed"
+            " it, or have seen what is not final. Keep them out, or restore with keep_out: false."
+        )
 
     def timeline(self) -> int:
         """The timeline that the server writes (promoted) or replays."""
@@ -394,14 +374,73 @@ class Recovery:
             query(connection, "SELECT pg_wal_replay_resume()")
         return True
 
-    def accept(self) -> tuple[bool, list[str]]:
-        """Make the recovered cluster an ordinary one again: recovery settings away, configuration read again.
+    def go_on(self, timeout: float) -> str:
+        """Resume a paused recovery and tell what that did: empty (it was not paused), ``continued`` or ``promoted``.
 
-        Returns whether something was changed, and the settings that a restart has still to bring into force.
+        Resumed at its target PostgreSQL ends the recovery and promotes (PerformWalRecovery); before it, replay just
+        goes on. Raises PitrError when it was at the target and is not promoted within ``timeout`` seconds.
         """
-        if not recovery_conf.finish(self._config_dir, self._pgdata):
+        if self.progress().state != "paused":
+            return ""
+        try:
+            self._paused()
+            at_target = True
+        except PitrError:
+            # Not proven: what it does next tells.
+            at_target = False
+        before = self.progress().lsn
+        if not self.resume():
+            return ""
+        deadline = time.monotonic() + (timeout if at_target else min(timeout, 5))
+        while time.monotonic() < deadline:
+            progress = self.progress()
+            if progress.state in ("promoted", "stopped"):
+                return progress.state
+            if progress.state == "replaying" and progress.lsn != before and not at_target:
+                break
+            time.sleep(LOOK)
+        if at_target:
+            raise PitrError(f"{self._login} was resumed at its target, and not promoted within {timeout:g} seconds.")
+        return "continued"
+
+    def accept(self) -> tuple[bool, list[str]]:
+        """Make the recovered cluster an ordinary one again: recovery settings away, everybody let in.
+
+        Returns whether something was changed, and the settings that a restart has still to bring into force. Raises
+        PitrError when something of the recovery is left. May be repeated, whenever it was killed.
+        """
+        with contextlib.closing(self._login.connect()) as connection:
+            hba_file = str(query(connection, "SELECT current_setting('hba_file')")[0][0])
+            let_in = keep_out.let_in(hba_file)
+            wrong = query(
+                connection, "SELECT line_number, error FROM pg_hba_file_rules WHERE error IS NOT NULL LIMIT 1"
+            )
+            if wrong:
+                raise PitrError(
+                    f"{hba_file}, line {wrong[0][0]}: {wrong[0][1]}. The cluster is not accepted, and ordinary users are"
+                    " still out, since the server has not read the file. Correct it, and accept the cluster again."
+                )
+            # Killed between the files and the server: there is nothing left to do but to let it read them.
+            loaded = query(connection, "SELECT count(*) FROM pg_settings WHERE sourcefile LIKE %s" + _RELOADED, _OURS)
+        if not recovery_conf.finish(self._config_dir, self._pgdata) and not let_in and not loaded[0][0]:
             return False, []
-        return True, settings.apply(self._login, reload=True)
+        pending = settings.apply(self._login, reload=True)
+        self._check_ordinary()
+        return True, pending
+
+    def _check_ordinary(self) -> None:
+        """Nothing of the recovery is left: no settings, no signal file, nobody kept out."""
+        with contextlib.closing(self._login.connect()) as connection:
+            left = query(connection, "SELECT name FROM pg_settings WHERE sourcefile LIKE %s" + _RELOADED, _OURS)
+            hba_file = str(query(connection, "SELECT current_setting('hba_file')")[0][0])
+        found = [row[0] for row in left]
+        found += [name for name in SIGNALS if os.path.lexists(os.path.join(self._pgdata, name))]
+        found += [hba_file] if keep_out.kept_file(hba_file) else []
+        if found:
+            raise PitrError(
+                f"The cluster in {self._pgdata} is accepted, and not rid of its recovery: {', '.join(sorted(found))}. A"
+                " signal file would make its next start a recovery; remove it. Then accept again."
+            )
 
 
 def _utc(value: datetime.datetime | None) -> str:

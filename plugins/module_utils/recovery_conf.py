@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from . import keep_out
 from .errors import PitrError
 from .postgres import conf_literal, parse_settings
 from .repository import write_atomic
@@ -113,6 +114,14 @@ def planned(config_dir: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def settings(config_dir: str) -> dict[str, str]:
+    """The settings in the include file; none when no managed recovery is under way."""
+    with contextlib.suppress(FileNotFoundError):
+        with open(include_path(config_dir), encoding="utf-8") as stream:
+            return dict(parse_settings(stream.read()))
+    return {}
+
+
 def _remembered(config_dir: str, prefix: str) -> Any:
     try:
         with open(include_path(config_dir), encoding="utf-8") as stream:
@@ -127,19 +136,32 @@ def _remembered(config_dir: str, prefix: str) -> Any:
 
 
 def discard(config_dir: str) -> None:
-    """Remove the include file of a restored cluster that is gone; with it goes what was taken out of that cluster."""
+    """Remove the include file of a restored cluster that is gone; with it goes what was taken out of that cluster.
+
+    A pg_hba.conf beside it lets in again whom it let in before.
+    """
+    with contextlib.suppress(PitrError):
+        _let_in(config_dir)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(include_path(config_dir))
+
+
+def _let_in(config_dir: str) -> None:
+    hba_file = (planned(config_dir) or {}).get("hba_file")
+    if hba_file:
+        keep_out.let_in(hba_file)
 
 
 def finish(config_dir: str, pgdata: str) -> bool:
     """Remove the include file and put back what was taken out. Returns whether there was something to do.
 
-    The caller reloads the server. A setting that somebody has set again meanwhile is not overwritten.
+    The caller reloads the server. A setting that somebody has set again meanwhile is not overwritten. The include file
+    goes last, so that what was killed in between can be repeated.
     """
     path = include_path(config_dir)
     if not os.path.exists(path):
         return False
+    _let_in(config_dir)
     saved = _remembered(config_dir, _SAVED) or []
     if saved:
         text = _read_auto_conf(pgdata)

@@ -42,6 +42,10 @@ class Request:
     # Path of the file with age identities that open what is encrypted, empty for none.
     identity: str = ""
     use_partial: bool = False
+    # Nobody but ``inspect_user`` over the unix socket, and whom the lines ``inspect_hba`` let in, until it is accepted.
+    keep_out: bool = True
+    inspect_user: str = "postgres"
+    inspect_hba: tuple[str, ...] = ()
     # How a repository on another host is reached: the settings of remote.SshTree.
     ssh: Mapping[str, str] = field(default_factory=dict)
     # Number of the chapter to restore from; the newest one when None.

@@ -20,13 +20,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import combine, extract, locks, places, recovery_conf, tail
+from . import combine, extract, keep_out, locks, places, recovery_conf, tail
 from .delta import Delta, Summary, exclusive
 from .errors import PitrError
 from .index import scan
 from .plan import RestorePlan
 from .planning import Planner
-from .postgres import binary, control_data, run, running_pid, shell_command
+from .postgres import control_data, effective_setting, running_pid, shell_command
 from .repository import BEING_REMOVED
 from .request import Request
 from .tree import fsync_directory
@@ -54,6 +54,7 @@ class Restore:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._planner = Planner(request)
+        self._hba_file = ""
 
     def plan(self) -> RestorePlan:
         """Decide without touching anything. Raises RefusedError with every reason that can be known now."""
@@ -159,7 +160,8 @@ class Restore:
         extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, dict(locations))
         places.check_links(pgdata, locations, self._planner.wal_directory)
         self._bring_tail(result)
-        recovery_conf.write(self._request.configuration, pgdata, self._settings(result, lease), self._recorded(result))
+        self._write_settings(result, lease)
+        self._keep_out(result, lease)
         extract.settle(pgdata, *locations.values())
         self._place_control(pgdata)
         self._check_effective(result, lease)
@@ -330,6 +332,30 @@ class Restore:
             recorded["target_kind"] = "latest"
         return recorded
 
+    def _write_settings(self, result: RestorePlan, lease: str, raised: Mapping[str, str] | None = None) -> None:
+        """The include file, with the plan and what is needed to undo it."""
+        document = self._recorded(result)
+        if self._hba_file:
+            document["hba_file"] = self._hba_file
+        if raised:
+            document["raised"] = dict(raised)
+        settings = {**self._settings(result, lease), **(raised or {})}
+        recovery_conf.write(self._request.configuration, self._request.pgdata, settings, document)
+
+    def _keep_out(self, result: RestorePlan, lease: str) -> None:
+        """Ordinary users stay out until the cluster is accepted. Before a server can start, so that none is let in."""
+        request = self._request
+        if not request.keep_out:
+            return
+        hba_file = self._effective("hba_file")
+        why = keep_out.problem(hba_file, [request.pgdata, request.configuration])
+        if why:
+            raise PitrError(f"Ordinary users cannot be kept out of the restored cluster: {why}. {keep_out.INSTEAD}")
+        # Written down first: whatever happens from here on, undoing knows what to put back.
+        self._hba_file = hba_file
+        self._write_settings(result, lease)
+        keep_out.shut(hba_file, request.inspect_user, request.inspect_hba)
+
     def _place_control(self, pgdata: str) -> None:
         """The last step: only now can a server start here."""
         os.rename(os.path.join(pgdata, extract.HELD_BACK), os.path.join(pgdata, extract.PG_CONTROL))
@@ -347,12 +373,7 @@ class Restore:
                 raised[name] = str(floor)
         expected = self._settings(result, lease)
         if raised:
-            recovery_conf.write(
-                request.configuration,
-                request.pgdata,
-                {**expected, **raised},
-                {**self._recorded(result), "raised": raised},
-            )
+            self._write_settings(result, lease, raised)
         for name in ("restore_command", "recovery_target_timeline", "archive_mode", *raised):
             value = self._effective(name)
             if name in expected and value != expected[name]:
@@ -362,13 +383,7 @@ class Restore:
                 )
 
     def _effective(self, name: str) -> str:
-        argv = [binary(self._request.bin_dir, "postgres"), "-D", self._request.configuration, "-C", name]
-        try:
-            return run(argv).rstrip("\n")
-        except PitrError as error:
-            raise PitrError(
-                f"The configuration in {self._request.configuration} cannot be used: {error.message}"
-            ) from None
+        return effective_setting(self._request.bin_dir, self._request.configuration, name)
 
 
 def _is_its_own_end(result: RestorePlan) -> bool:

@@ -164,6 +164,28 @@ options:
       - Without it the plan's notes tell when there is such WAL, and how far it reaches.
     type: bool
     default: false
+  keep_out:
+    description:
+      - Whether ordinary users are kept out until M(pgdrill.pitr.recovery) accepts the cluster. Its C(pg_hba.conf) is
+        put aside, and one with the rules below takes its place. It is put back when the cluster is accepted or the
+        restore undone.
+      - The restore is refused when C(hba_file) lies neither in the data directory nor in O(config_dir).
+    type: bool
+    default: true
+  inspect_user:
+    description:
+      - With O(keep_out), the superuser who is let in over the unix socket, by the method of the cluster's own
+        C(pg_hba.conf). The other modules connect as this one. The operating system's user may come in as the role of
+        its own name, too.
+    type: str
+    default: postgres
+  inspect_hba:
+    description:
+      - With O(keep_out), lines of C(pg_hba.conf) for those who are to look at the cluster, too, such as
+        V(host app auditor 192.0.2.7/32 scram-sha-256).
+    type: list
+    elements: str
+    default: []
   defer_above:
     description:
       - Only plan when the backup is larger than this many bytes. The action plugin uses it to run a
@@ -327,6 +349,9 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "identity": {"type": "path"},
     "verify": {"type": "bool", "default": True},
     "use_partial": {"type": "bool", "default": False},
+    "keep_out": {"type": "bool", "default": True},
+    "inspect_user": {"type": "str", "default": "postgres"},
+    "inspect_hba": {"type": "list", "elements": "str", "default": []},
     "defer_above": {"type": "int"},
 }
 REQUIRED_IF = [("state", "undone", ["moved_aside"]), ("state", "settled", ["moved_aside"])]
@@ -355,6 +380,9 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         chapter=params["chapter"],
         identity=os.path.abspath(params["identity"]) if params["identity"] else "",
         use_partial=params["use_partial"],
+        keep_out=params["keep_out"],
+        inspect_user=params["inspect_user"],
+        inspect_hba=tuple(params["inspect_hba"]),
         ssh=ssh_settings(params),
     )
     if params["state"] == "settled":

@@ -40,7 +40,8 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import (
     shell_command,
 )
 from ansible_collections.pgdrill.pitr.plugins.module_utils.probe import Archived, Probe
-from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery import Reached, Recovery
+from ansible_collections.pgdrill.pitr.plugins.module_utils.reached import Reached
+from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery import Recovery
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import Chapter, ClusterFolder
 from ansible_collections.pgdrill.pitr.plugins.module_utils.request import Request
 from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Restore, Result

@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.pgdrill.pitr.plugins.module_utils import recovery, recovery_conf, settings
+from ansible_collections.pgdrill.pitr.plugins.module_utils import recovery, recovery_conf, serverlog, settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import FLOORS, ControlData, Login
-from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery import (
-    Progress,
+from ansible_collections.pgdrill.pitr.plugins.module_utils.reached import (
     Reached,
-    Recovery,
     contradiction,
-    log_tail,
     logged_reason,
     parse_reason,
 )
+from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery import Progress, Recovery
+from ansible_collections.pgdrill.pitr.plugins.module_utils.serverlog import tail as log_tail
 
 XID = "after transaction 745"
 TIME = "before 2026-03-01 14:30:00.5+01"
@@ -179,7 +178,7 @@ def test_log_tail_is_short_and_never_fails(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"first\n" + b"x" * 100_000 + b"\n" + b"\n".join(b"line %d \xff" % n for n in range(40)))
     tail = log_tail(str(log)).splitlines()
-    assert len(tail) == recovery.LOG_TAIL_LINES and tail[-1] == "line 39 �"
+    assert len(tail) == serverlog.TAIL_LINES and tail[-1] == "line 39 �"
     assert log_tail(str(tmp_path / "none")) == "" == log_tail(str(tmp_path))
 
 
@@ -231,7 +230,9 @@ class Server:
         recovery_conf.write(str(self.pgdata), str(self.pgdata), {"restore_command": "x"}, plan)
 
     def promote(self, timeline: int, history: str) -> None:
-        self.answers["SELECT pg_is_in_recovery(), CASE"] = [(False, "0/5000000", "")]
+        self.answers["SELECT pg_is_in_recovery(), CASE"] = [
+            (False, "0/5000000", "", None, f"{timeline:08X}0000000000000005")
+        ]
         self.answers["SELECT CASE WHEN pg_is_in_recovery() THEN NULL"] = [(f"{timeline:08X}0000000000000005", 1)]
         self.answers["SELECT pg_last_xact_replay_timestamp()"] = [
             (datetime.datetime(2026, 3, 1, 12, tzinfo=datetime.timezone.utc),)
@@ -240,9 +241,10 @@ class Server:
             (self.pgdata / "pg_wal" / f"{timeline:08X}.history").write_text(history)
 
     def pause(self, lsn: str, floors: int = 100) -> None:
-        self.answers["SELECT pg_is_in_recovery(), CASE"] = [(True, lsn, "paused")]
+        self.answers["SELECT pg_is_in_recovery(), CASE"] = [(True, lsn, "paused", None, None)]
         self.answers["SELECT pg_last_wal_replay_lsn()"] = [(lsn, None)]
         self.answers["SELECT name, setting::int"] = [(name, floors) for name in FLOORS]
+        self.answers["SELECT name, setting FROM"] = []
 
 
 @pytest.fixture
@@ -263,7 +265,7 @@ def test_promotion_at_the_target_is_reached(server: Server) -> None:
     server.promote(2, f"1\t0/4000100\t{XID}\n")
     reached, progress = recovery_of(server).wait(5)
     assert reached == Reached("0/4000100", XID, xid="745", last_transaction_time="2026-03-01T12:00:00+00:00")
-    assert progress == Progress("promoted", "0/5000000")
+    assert progress == Progress("promoted", "0/5000000", timeline=2)
 
 
 @pytest.mark.parametrize("asked", [kind for kind in PLANNED if kind != "latest"])
@@ -389,7 +391,7 @@ def test_timeline_is_that_of_the_file_being_written_else_of_the_last_checkpoint(
 
 def test_waiting_ends_after_the_timeout_with_the_progress(server: Server) -> None:
     server.plan(started_at=time.time() - 60)
-    server.answers["SELECT pg_is_in_recovery(), CASE"] = [(True, "0/3000000", "not paused")]
+    server.answers["SELECT pg_is_in_recovery(), CASE"] = [(True, "0/3000000", "not paused", None, None)]
     reached, progress = recovery_of(server).wait(0)
     assert reached is None
     assert (progress.state, progress.lsn, progress.end_lsn, progress.percent) == (
@@ -419,7 +421,7 @@ def test_progress_of_a_server_that_does_not_answer_comes_from_its_process_title(
 def replaying(server: Server, lsn: str | None, state: str = "not paused", **plan: object) -> Progress:
     if plan:
         server.plan(**plan)
-    server.answers["SELECT pg_is_in_recovery(), CASE"] = [(True, lsn, state)]
+    server.answers["SELECT pg_is_in_recovery(), CASE"] = [(True, lsn, state, None, None)]
     return recovery_of(server).progress()
 
 
@@ -436,7 +438,8 @@ def test_recovery_without_a_plan_has_no_percent(server: Server) -> None:
 
 
 def test_recovery_with_nothing_to_replay_has_no_percent(server: Server) -> None:
-    assert replaying(server, "0/2000000", end_lsn="0/2000000") == Progress("replaying", "0/2000000", "0/2000000")
+    nothing = Progress("replaying", "0/2000000", "0/2000000", distance_bytes=0)
+    assert replaying(server, "0/2000000", end_lsn="0/2000000") == nothing
     assert replaying(server, None, end_lsn="0/4000000") == Progress("replaying")
 
 
@@ -493,7 +496,7 @@ def test_progress_of_a_running_restore_is_its_share_of_bytes(server: Server) -> 
 @pytest.mark.parametrize(("in_recovery", "lsn", "percent"), [("0/1000000", "0/1000000", 0.0), ("1/0", "1/0", 100.0)])
 def test_percent_stays_between_0_and_100(server: Server, in_recovery: str, lsn: str, percent: float) -> None:
     server.plan()
-    server.answers["SELECT pg_is_in_recovery(), CASE"] = [(True, in_recovery, "not paused")]
+    server.answers["SELECT pg_is_in_recovery(), CASE"] = [(True, in_recovery, "not paused", None, None)]
     progress = recovery_of(server).progress()
     assert (progress.lsn, progress.percent) == (lsn, percent)
 
@@ -523,6 +526,11 @@ def test_paused_recovery_is_resumed(server: Server) -> None:
 
 def test_accepting_removes_the_recovery_settings_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.plan()
+    server.answers["SELECT current_setting('hba_file')"] = [(str(server.pgdata / "pg_hba.conf"),)]
+    server.answers["SELECT line_number, error FROM pg_hba_file_rules"] = []
+    server.answers["SELECT count(*) FROM pg_settings WHERE sourcefile"] = [(0,)]
+    server.answers["SELECT name FROM pg_settings WHERE sourcefile"] = []
+    (server.pgdata / "recovery.signal").unlink()
     monkeypatch.setattr(settings, "apply", lambda _login, reload: ["max_connections"] if reload else [])
     assert recovery_of(server).accept() == (True, ["max_connections"])
     assert recovery_conf.planned(str(server.pgdata)) is None
