@@ -270,8 +270,8 @@ class Basis:
 def _holes(login: Login, parent: Backup, what: str) -> str:
     return (
         f"The WAL summaries of {login} do not reach back to the start of {parent.label} (timeline {parent.timeline},"
-        f" LSN {parent.start_lsn}): {what}. They are kept for wal_summary_keep_time, and written while summarize_wal is on."
-        " A full backup is needed to go on."
+        f" LSN {parent.start_lsn}): {what}. They are kept for wal_summary_keep_time, and written while summarize_wal is"
+        " on. A full backup is needed to go on."
     )
 
 
