@@ -623,6 +623,18 @@ def test_damaged_parent_is_refused_and_passed_over(sandbox: MakeSandbox, restore
     _refused(primary, "manifest of the parent next cannot be read: .* not the file that was stored", parent="next")
 
 
+def test_parent_without_a_manifest_is_refused(sandbox: MakeSandbox, since_17: None) -> None:
+    primary = sandbox(settings=SUMMARIZE)
+    primary.backup("only")
+    document = primary.backups / "only" / "backup.json"
+    text = document.read_text(encoding="utf-8")
+    document.write_text(text.replace("backup_manifest", "something_else"), encoding="utf-8")
+    (primary.backups / "only" / "backup_manifest").rename(primary.backups / "only" / "something_else")
+    _refused(primary, "The parent only was not taken by pg_basebackup with a manifest", parent="only")
+    taken, reason = _take(primary, "auto", "auto")
+    assert taken.type == "full" and "with a manifest" in reason
+
+
 def test_parent_of_an_older_chapter_is_refused(sandbox: MakeSandbox, stranger: Path, since_17: None) -> None:
     primary = sandbox(settings=SUMMARIZE)
     backup = primary.backup("only")
