@@ -13,7 +13,7 @@ SANDBOX = exec "$$(command -v python3 || echo "$${PYTHON:-python3}")" tools/sand
 IN_VENV = $(SANDBOX) run --test --
 
 .DEFAULT_GOAL := help
-.PHONY: help setup drill test kill-test mutation lint sanity typecheck check-specs docs build install-check bench bench-archive bench-wal stop clean ledger
+.PHONY: help setup drill test kill-test mutation lint sanity typecheck check-specs docs build install-check bench bench-archive bench-wal bench-incremental stop clean ledger
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +69,9 @@ bench-archive: ## archive_info and expire over a million segments: seconds and m
 bench-wal: ## push beside pgBackRest's, replay through get beside a local one; about ten minutes
 	@$(SANDBOX) run -- python benchmarks/archive_push.py $(ARGS)
 	@$(SANDBOX) run -- python benchmarks/archive_get.py --pg '$(PG)' $(ARGS)
+
+bench-incremental: ## an incremental backup after 1 % of change beside a full one, 1.1 GB
+	@$(SANDBOX) run -- python benchmarks/incremental.py --pg '$(PG)' $(ARGS)
 
 stop: ## stop the servers of the sandbox
 	@$(SANDBOX) stop

@@ -383,7 +383,7 @@ class BaseBackup:
             if self.parent is not None and any(words in said for words in _NO_SUMMARIES):
                 raise BasisError(
                     f"The WAL summaries of {self._login} are not enough to build upon {self.parent.label}, which began"
-                    f" at LSN {self.parent.start_lsn} (a full backup needs none; the server's log may tell more): {said}."
+                    f" at LSN {self.parent.start_lsn}; a full backup needs none: {_server_words(said)}"
                 )
             raise PitrError(f"pg_basebackup from {self._login} failed: {said}")
 
@@ -578,6 +578,12 @@ def store_history(folder: ClusterFolder, timeline: int, data: bytes) -> None:
         os.link(temporary, stored)
     os.unlink(temporary)
     fsync_directory(os.path.dirname(stored))
+
+
+def _server_words(said: str) -> str:
+    """What the server said, on one line, without what pg_basebackup says around it."""
+    lines = said.partition("ERROR:  ")[2].split("\n")
+    return ". ".join(line.partition(":  ")[2] or line for line in lines if "pg_basebackup: " not in line)
 
 
 def _lock(directory: str) -> int | None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import codec, extract, locks
-from .backup import BasisError, damaged_backups, open_tar, stored_backups
+from .backup import MANIFEST, BasisError, damaged_backups, open_tar, stored_backups
 from .catalog import Backup, broken_chains, chain
 from .errors import PitrError
 from .plan import spans_from
@@ -145,6 +145,8 @@ class Basis:
                 f"is of the cluster with system identifier {backup.system_identifier}, an older chapter; the server is"
                 f" {facts['system_identifier']}"
             )
+        if backup.type not in (FULL, INCREMENTAL) or not any(f.name.startswith(MANIFEST) for f in backup.files):
+            return "was not taken by pg_basebackup with a manifest"
         if not tree.contains(timeline, backup.timeline, backup.stop_lsn):
             return (
                 f"ended on timeline {backup.timeline} at LSN {backup.stop_lsn}, which is not part of the past of the"
@@ -270,8 +272,8 @@ class Basis:
 def _holes(login: Login, parent: Backup, what: str) -> str:
     return (
         f"The WAL summaries of {login} do not reach back to the start of {parent.label} (timeline {parent.timeline},"
-        f" LSN {parent.start_lsn}): {what}. They are kept for wal_summary_keep_time, and written while summarize_wal is on."
-        " A full backup is needed to go on."
+        f" LSN {parent.start_lsn}): {what}. They are kept for wal_summary_keep_time, and written while summarize_wal is"
+        " on. A full backup is needed to go on."
     )
 
 

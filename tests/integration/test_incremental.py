@@ -15,6 +15,7 @@ import datetime
 import os
 import shutil
 import signal
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ class Chain:
         sql("CREATE TABLE shrinks AS SELECT i, repeat('s', 100) t FROM generate_series(1, 20000) i")
         sql("CREATE TABLE emptied AS SELECT i FROM generate_series(1, 20000) i")
         sql("CREATE TABLE gone AS SELECT i FROM generate_series(1, 5000) i")
-        self.backups = {"full": sandbox.backup("full")}
+        # Not compressed, so that nothing but the manifest tells a changed byte.
+        self.backups = {"full": sandbox.backup("full", compression="none")}
         sandbox.commit("one 1")
         sql("UPDATE big SET v = 1 WHERE i % 500 = 0")
         sql("UPDATE far SET t = 'one' WHERE i = 7")
@@ -128,7 +130,7 @@ class Chain:
 
     def _next(self, sandbox: Sandbox, label: str) -> None:
         sandbox.commit(f"before {label}")
-        self.backups[label], _reason = _take(sandbox, label)
+        self.backups[label], _reason = _take(sandbox, label, compression="none")
         sandbox.commit(f"after {label}")
 
     def mapping(self, directory: Path) -> dict[str, str]:
@@ -262,11 +264,19 @@ def test_damaged_link_is_refused_by_name_and_file(chained: Chain, tmp_path: Path
     assert fingerprint(tmp_path) == before
 
 
+def _flip_in(storage: Storage, label: str) -> Path:
+    """Change one byte of a file of the cluster in a backup; no size and no tar header tells."""
+    stored = storage.backups / label / "base.tar"
+    with tarfile.open(stored) as tar:
+        offset = next(m.offset_data for m in tar if m.size > 1000 and m.name.startswith("base/"))
+    flip(stored, offset + 900)
+    return stored
+
+
 @pytest.mark.parametrize("label", Chain.LABELS)
 def test_link_with_other_content_is_found_before_it_is_combined(chained: Chain, tmp_path: Path, label: str) -> None:
     storage = chained.storage.copy(tmp_path / "copy")
-    stored = next(path for path in (storage.backups / label).iterdir() if path.name.startswith("base.tar"))
-    flip(stored, stored.stat().st_size // 2)
+    stored = _flip_in(storage, label)
     data = tmp_path / "new" / "data"
     request = storage.request(data, backup="three", tablespace_mapping=chained.mapping(tmp_path / "spaces"))
     engine = Engine(request)
@@ -279,22 +289,49 @@ def test_link_with_other_content_is_found_before_it_is_combined(chained: Chain, 
     assert not [path for path in (tmp_path / "spaces").rglob("*") if path.is_file()]
 
 
-def test_result_that_is_not_whole_is_not_used(
-    chained: Chain, tmp_path: Path, bin_dir: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A pg_combinebackup that loses a page, and does not notice."""
-    programs = tmp_path / "bin"
+def _other_combinebackup(bin_dir: str, programs: Path, script: str) -> Path:
+    """PostgreSQL's programs, with a shell script in the place of one; ``$real`` is that one."""
     programs.mkdir()
     for path in Path(bin_dir).iterdir():
         (programs / path.name).symlink_to(path)
     (programs / "pg_combinebackup").unlink()
-    script = f"""#!/bin/sh
-{bin_dir}/pg_combinebackup "$@" || exit
-while [ "$1" != --output ]; do shift; done
-exec dd if=/dev/zero of="$2"/PG_VERSION bs=1 count=1 conv=notrunc status=none
-"""
-    (programs / "pg_combinebackup").write_text(script, encoding="ascii")
+    text = f"#!/bin/sh\nreal={bin_dir}/pg_combinebackup\n{script}\n"
+    (programs / "pg_combinebackup").write_text(text, encoding="ascii")
     (programs / "pg_combinebackup").chmod(0o755)
+    return programs
+
+
+def test_platform_without_a_way_to_copy_uses_the_next(
+    chained: Chain, restored: Restore, tmp_path: Path, bin_dir: str
+) -> None:
+    script = """case " $* " in *" --copy "*) exec "$real" "$@";; esac
+echo "pg_combinebackup: error: file cloning not supported on this platform" >&2; exit 1"""
+    programs = _other_combinebackup(bin_dir, tmp_path / "bin", script)
+    mapping = chained.mapping(tmp_path / "spaces")
+    cluster = restored(chained.storage, tablespace_mapping=mapping, bin_dir=str(programs))
+    assert cluster.run().phase == "end"
+
+
+def test_failed_combination_leaves_everything_as_it_was(chained: Chain, tmp_path: Path, bin_dir: str) -> None:
+    programs = _other_combinebackup(bin_dir, tmp_path / "bin", 'echo "error: the disk is on fire" >&2; exit 1')
+    data = tmp_path / "new" / "data"
+    shutil.copytree(chained.data, data)
+    (tmp_path / "spaces").mkdir()
+    mapping = chained.mapping(tmp_path / "spaces")
+    engine = Engine(chained.storage.request(data, force=True, tablespace_mapping=mapping, bin_dir=str(programs)))
+    plan = engine.plan()
+    before = fingerprint(data)
+    with pytest.raises(PitrError, match="could not combine full, one, two, three: error: the disk is on fire"):
+        engine.execute(plan)
+    assert fingerprint(data) == before
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["data"]
+    _no_scratch(tmp_path / "spaces")
+
+
+def test_result_that_is_not_whole_is_not_used(chained: Chain, tmp_path: Path, bin_dir: str) -> None:
+    """A pg_combinebackup that loses a byte, and does not notice."""
+    spoil = 'while [ "$1" != --output ]; do shift; done; printf 0 | dd of="$2"/PG_VERSION conv=notrunc status=none'
+    programs = _other_combinebackup(bin_dir, tmp_path / "bin", f'"$real" "$@" || exit\n{spoil}')
     data = tmp_path / "new" / "data"
     mapping = chained.mapping(tmp_path / "spaces")
     engine = Engine(chained.storage.request(data, tablespace_mapping=mapping, bin_dir=str(programs)))
@@ -331,10 +368,11 @@ def _killed(request: Any, below: str = "", prelude: str = "", at: int = 0) -> No
 # The child dies while pg_combinebackup, which outlives it, is at work.
 _WHILE_COMBINING = """
 from ansible_collections.pgdrill.pitr.plugins.module_utils import combine
-combine.Combination._verify_result = lambda self: None
 original = combine.subprocess.Popen
 def popen(argv, **options):
-    process = original(["/bin/sh", "-c", 'sleep 1; exec "$0" "$@"', *argv], **options)
+    if not argv[0].endswith("/pg_combinebackup"):
+        return original(argv, **options)
+    original(["/bin/sh", "-c", 'sleep 2; exec "$0" "$@"', *argv], **options)
     os.kill(os.getpid(), signal.SIGKILL)
 combine.subprocess.Popen = popen
 """
@@ -397,8 +435,7 @@ def test_stored_chain_is_verified_whole(chained: Chain, bin_dir: str, tmp_path: 
         return {report.backup: not report.damage for report in map(work.verify, choose(backups, "latest"))}
 
     assert reports() == dict.fromkeys(Chain.LABELS, True)
-    stored = next(path for path in (storage.backups / "one").iterdir() if path.name.startswith("base.tar"))
-    flip(stored, stored.stat().st_size // 2)
+    _flip_in(storage, "one")
     assert reports() == {**dict.fromkeys(Chain.LABELS, True), "one": False}
 
 
@@ -501,6 +538,14 @@ def test_versions_without_them_refuse(sandbox: MakeSandbox, major: int) -> None:
     assert taken.type == "full" and "they begin with 17" in reason
 
 
+def test_old_server_is_told_by_its_version_alone(sandbox: MakeSandbox) -> None:
+    primary = sandbox(start=False)
+    with pytest.raises(PitrError, match="PostgreSQL 16 takes no incremental backups"):
+        Basis(primary.folder, primary.server.login).choose(None, {"version": 16})
+    choice = Basis(primary.folder, primary.server.login, "auto").choose(None, {"version": 16})
+    assert choice.parent is None and "PostgreSQL 16" in choice.reason
+
+
 def test_server_that_summarizes_nothing_is_refused(sandbox: MakeSandbox, since_17: None) -> None:
     primary = sandbox()
     primary.backup("only")
@@ -531,18 +576,22 @@ def test_summaries_with_a_hole_are_refused(sandbox: MakeSandbox, since_17: None)
     assert (taken.type, taken.parent) == ("incremental", "auto")
 
 
+def _summaries(primary: Sandbox, since: Backup) -> list[Path]:
+    """Files with summaries of what came after the start of a backup, in order."""
+    found = sorted((primary.server.data / "pg_wal" / "summaries").glob("*.summary"))
+    return [path for path in found if int(path.stem[24:40], 16) > since.start_lsn]
+
+
 def test_removed_summaries_are_noticed_before_the_copy(
     sandbox: MakeSandbox, monkeypatch: pytest.MonkeyPatch, since_17: None
 ) -> None:
     primary = sandbox(settings=SUMMARIZE)
-    primary.backup("only")
-    primary.fill(3)
-    primary.server.sql("CHECKPOINT")
-    primary.fill(3)
-    primary.server.sql("CHECKPOINT")
-    summaries = primary.server.data / "pg_wal" / "summaries"
-    until(lambda: len(list(summaries.iterdir())) > 4, "summaries")
-    sorted(summaries.iterdir())[-2].unlink()
+    backup = primary.backup("only")
+    for number in range(3):
+        primary.fill(1)
+        primary.server.sql("CHECKPOINT")
+        until(lambda number=number: len(_summaries(primary, backup)) > number, "a summary")  # type: ignore[misc]
+    _summaries(primary, backup)[1].unlink()
 
     def copy(self: BaseBackup, *arguments: Any) -> None:
         raise AssertionError("the copy has begun")
@@ -572,6 +621,18 @@ def test_damaged_parent_is_refused_and_passed_over(sandbox: MakeSandbox, restore
     manifest = primary.backups / "next" / "backup_manifest"
     flip(manifest, 30)
     _refused(primary, "manifest of the parent next cannot be read: .* not the file that was stored", parent="next")
+
+
+def test_parent_without_a_manifest_is_refused(sandbox: MakeSandbox, since_17: None) -> None:
+    primary = sandbox(settings=SUMMARIZE)
+    primary.backup("only")
+    document = primary.backups / "only" / "backup.json"
+    text = document.read_text(encoding="utf-8")
+    document.write_text(text.replace("backup_manifest", "something_else"), encoding="utf-8")
+    (primary.backups / "only" / "backup_manifest").rename(primary.backups / "only" / "something_else")
+    _refused(primary, "The parent only was not taken by pg_basebackup with a manifest", parent="only")
+    taken, reason = _take(primary, "auto", "auto")
+    assert taken.type == "full" and "with a manifest" in reason
 
 
 def test_parent_of_an_older_chapter_is_refused(sandbox: MakeSandbox, stranger: Path, since_17: None) -> None:
@@ -629,6 +690,26 @@ def test_chain_across_a_timeline_switch(sandbox: MakeSandbox, restored: Restore,
     cluster = restored(primary).run()
     assert [link.label for link in cluster.plan.chain] == ["one", "two", "three"]
     assert cluster.phase == "end" and _dump(cluster.server) == truth
+
+
+def test_summaries_of_an_older_timeline_are_needed_too(
+    sandbox: MakeSandbox, monkeypatch: pytest.MonkeyPatch, since_17: None
+) -> None:
+    primary = sandbox(settings=SUMMARIZE)
+    backup = primary.backup("only")
+    primary.fill(2)
+    _promote(primary)
+    primary.fill(2)
+    primary.server.sql("CHECKPOINT")
+
+    def of(timeline: int) -> list[Path]:
+        return [path for path in _summaries(primary, backup) if path.name.startswith(f"{timeline:08X}")]
+
+    until(lambda: of(1) and of(2), "summaries of both timelines")
+    for path in of(1):
+        path.unlink()
+    monkeypatch.setattr(BaseBackup, "_copy", lambda *arguments: pytest.fail("the copy has begun"))
+    _refused(primary, r"do not reach back to the start of only \(timeline 1")
 
 
 def test_parent_on_another_branch_is_refused_and_passed_over(
@@ -690,12 +771,17 @@ def test_auto_is_full_when_the_server_says_no_after_all(
 ) -> None:
     """The summaries are looked at before; what happens between is told by the server."""
     primary = sandbox(settings=SUMMARIZE)
-    primary.backup("only")
+    backup = primary.backup("only")
     primary.fill(2)
+    primary.server.sql("CHECKPOINT")
+    until(lambda: _summaries(primary, backup), "a summary")
     for path in (primary.server.data / "pg_wal" / "summaries").iterdir():
         path.unlink()
     monkeypatch.setattr(Basis, "_check_summaries", lambda *arguments: None)
-    _refused(primary, "are not enough to build upon only.*WAL summaries are required")
+    _refused(
+        primary,
+        r"are not enough to build upon only.*WAL summaries are required.*first unsummarized LSN in this range is .*\.",
+    )
     taken, reason = _take(primary, "next", "auto")
     assert taken.type == "full" and "WAL summaries are required" in reason
     assert not list(primary.backups.glob(".*"))

@@ -212,6 +212,23 @@ def test_retention_after_a_backup_only_with_a_policy_and_every_backup_is_verifie
     assert "missing_for_backups" in fresh.succeed("status")
 
 
+def test_incremental_backups_by_a_variable(fresh: Site, major: int) -> None:
+    fresh.succeed("site", backup_type="incremental")
+    if major < 17:
+        assert f"PostgreSQL {major} takes no incremental backups" in fresh.fail("backup", backup_type="incremental")
+    else:
+        assert fresh.server.show("summarize_wal") == "on"
+        assert "is the newest backup that it can build upon" in fresh.succeed("backup", backup_type="incremental")
+        assert "incremental backups (max_chain)" in fresh.succeed(
+            "backup", "--check", backup_type="auto", backup_max_chain=1
+        )
+        fresh.succeed("verify")
+    shown = fresh.succeed("backup", backup_type="auto")
+    suffix = "full" if major < 17 else "incr"
+    labels = sorted(path.parent.name for path in fresh.repository.glob("main/backups/*/backup.json"))
+    assert labels[-1].endswith(suffix) and labels[-1] in shown
+
+
 def test_nothing_is_destroyed_without_the_right_word(site: Site, tmp_path: Path) -> None:
     identity, files = site.identity, fingerprint(site.repository)
     for confirmation in ("wrong", ""):

@@ -23,6 +23,7 @@ ARCHIVE_FAULTS = "tests/integration/test_archive_faults.py"
 RECEIVER = "tests/integration/test_receiver.py"
 PARTIAL = "tests/integration/test_receiver_partial.py"
 ENCRYPTION = "tests/integration/test_encryption.py"
+INCREMENTAL = "tests/integration/test_incremental.py"
 CRYPT = "tests/unit/test_encryption.py"
 
 
@@ -42,6 +43,199 @@ def _mutation(name: str, module: str, text: str, replacement: str, *tests: str) 
 
 
 MUTATIONS = (
+    # --- incremental backups, and chains
+    _mutation(
+        "a version that takes none is asked for an incremental backup",
+        "incremental",
+        'if facts["version"] < SINCE:',
+        "if False:",
+        f"{INCREMENTAL}::test_old_server_is_told_by_its_version_alone",
+    ),
+    _mutation(
+        "summarize_wal is left to the server to find out",
+        "incremental",
+        'if facts["summarize_wal"] != "on":',
+        "if False:",
+        f"{INCREMENTAL}::test_server_that_summarizes_nothing_is_refused",
+    ),
+    _mutation(
+        "a parent may be of an older chapter",
+        "incremental",
+        'if backup.system_identifier != facts["system_identifier"]:',
+        "if False:",
+        f"{INCREMENTAL}::test_parent_of_an_older_chapter_is_refused",
+    ),
+    _mutation(
+        "a parent needs no manifest",
+        "incremental",
+        "or not any(f.name.startswith(MANIFEST) for f in backup.files):",
+        "or False:",
+        f"{INCREMENTAL}::test_parent_without_a_manifest_is_refused",
+    ),
+    _mutation(
+        "a parent may be of another branch",
+        "incremental",
+        "if not tree.contains(timeline, backup.timeline, backup.stop_lsn):",
+        "if False:",
+        f"{INCREMENTAL}::test_parent_on_another_branch_is_refused_and_passed_over",
+    ),
+    _mutation(
+        "a parent may be newer than the server",
+        "incremental",
+        "if backup.stop_lsn > lsn:",
+        "if False:",
+        f"{INCREMENTAL}::test_parent_newer_than_the_server_is_refused",
+    ),
+    _mutation(
+        "a named parent may be damaged",
+        "incremental",
+        "if self._parent in problems:",
+        "if False:",
+        f"{INCREMENTAL}::test_damaged_parent_is_refused_and_passed_over",
+    ),
+    _mutation(
+        "a damaged parent is chosen",
+        "incremental",
+        'or problems.get(b.label, "") for b in backups}',
+        "for b in backups}",
+        f"{INCREMENTAL}::test_damaged_parent_is_refused_and_passed_over",
+    ),
+    _mutation(
+        "a hole in the summaries is not seen",
+        "incremental",
+        "if later is not None and (span.end is None or reached < span.end):",
+        "if False:",
+        f"{INCREMENTAL}::test_removed_summaries_are_noticed_before_the_copy",
+    ),
+    _mutation(
+        "missing summaries of an older timeline are not seen",
+        "incremental",
+        "            if span.end is not None and reached < span.end:",
+        "            if False:",
+        f"{INCREMENTAL}::test_summaries_of_an_older_timeline_are_needed_too",
+    ),
+    _mutation(
+        "whether the parent's manifest can be read is not tried",
+        "incremental",
+        "        self._check_key(parent)\n",
+        "",
+        f"{INCREMENTAL}::test_encrypted_chain",
+    ),
+    _mutation(
+        "a full backup is never too old",
+        "incremental",
+        "if age >= self._every - min(EARLY, self._every / 20):",
+        "if False:",
+        f"{INCREMENTAL}::test_auto_takes_what_is_due",
+    ),
+    _mutation(
+        "a chain is never too long",
+        "incremental",
+        "if self._max_chain and len(links) - 1 >= self._max_chain:",
+        "if False:",
+        f"{INCREMENTAL}::test_auto_takes_what_is_due",
+    ),
+    _mutation(
+        "nobody holds the parent",
+        "incremental",
+        "stack.enter_context(locks.reading(self._folder, link.label))",
+        "pass",
+        f"{INCREMENTAL}::test_parent_stays_while_a_backup_builds_upon_it",
+        f"{INCREMENTAL}::test_parent_that_is_just_being_removed_is_not_built_upon",
+    ),
+    _mutation(
+        "a parent with another manifest is built upon",
+        "extract",
+        "if sha256(stored, tree) != {file.name: file.sha256 for file in backup.files}[name]:",
+        "if False:",
+        f"{INCREMENTAL}::test_damaged_parent_is_refused_and_passed_over",
+    ),
+    _mutation(
+        "auto gives up when the server refuses",
+        "backup",
+        "if self._basis is None or not self._basis.may_be_full:",
+        "if True:",
+        f"{INCREMENTAL}::test_auto_is_full_when_the_server_says_no_after_all",
+    ),
+    _mutation(
+        "a backup that became visible meanwhile is not seen",
+        "expire",
+        "            backups = [b for b in stored_backups(self._folder) if b.system_identifier == identifier]\n",
+        "            backups = backups if locked or busy else "
+        "[b for b in stored_backups(self._folder) if b.system_identifier == identifier]\n",
+        f"{INCREMENTAL}::test_parent_of_a_backup_that_became_visible_while_expire_was_deciding_stays",
+    ),
+    _mutation(
+        "only the newest link is verified",
+        "verify",
+        "return list(chain(named[0], {backup.label: backup for backup in backups}))",
+        "return named",
+        f"{INCREMENTAL}::test_stored_chain_is_verified_whole",
+    ),
+    _mutation(
+        "links are combined unverified",
+        "combine",
+        "                    if verify:\n",
+        "                    if False:\n",
+        f"{INCREMENTAL}::test_link_with_other_content_is_found_before_it_is_combined[one]",
+        f"{INCREMENTAL}::test_link_with_other_content_is_found_before_it_is_combined[three]",
+    ),
+    _mutation(
+        "what pg_combinebackup has made is believed",
+        "combine",
+        "                self._verify_result()\n",
+        "                pass\n",
+        f"{INCREMENTAL}::test_result_that_is_not_whole_is_not_used",
+    ),
+    _mutation(
+        "a failed pg_combinebackup is taken for a success",
+        "combine",
+        "        if said:\n",
+        "        if False:\n",
+        f"{INCREMENTAL}::test_failed_combination_leaves_everything_as_it_was",
+    ),
+    _mutation(
+        "there is one way to copy only",
+        "combine",
+        "            if _UNSUPPORTED not in said:\n",
+        "            if True:\n",
+        f"{INCREMENTAL}::test_platform_without_a_way_to_copy_uses_the_next",
+    ),
+    _mutation(
+        "pg_control is put in place with the result",
+        "combine",
+        "os.rename(os.path.join(result, extract.PG_CONTROL), os.path.join(result, extract.HELD_BACK))",
+        "pass",
+        f"{INCREMENTAL}::test_killed_while_combining_can_be_repeated[clearing]",
+    ),
+    _mutation(
+        "an orphan of a killed restore is not seen",
+        "combine",
+        "                pass_fds=(lock,),\n",
+        "",
+        f"{INCREMENTAL}::test_killed_while_combining_can_be_repeated[combining]",
+    ),
+    _mutation(
+        "a restore begins under the hands of an orphan",
+        "planning",
+        "if combine.is_busy(pgdata):",
+        "if False:",
+        f"{INCREMENTAL}::test_killed_while_combining_can_be_repeated[combining]",
+    ),
+    _mutation(
+        "the room for the links is not counted",
+        "planning",
+        "combine.needed_bytes(result.chain, existing)",
+        "result.backup.directory_bytes",
+        f"{INCREMENTAL}::test_room_for_the_links_is_counted",
+    ),
+    _mutation(
+        "only the newest link's key is tried",
+        "planning",
+        "for link in result.chain:",
+        "for link in result.chain[-1:]:",
+        f"{INCREMENTAL}::test_parent_that_another_key_opens_is_refused_in_the_plan",
+    ),
     # --- archive: push
     _mutation(
         "a foreign system identifier is archived",
@@ -794,8 +988,8 @@ MUTATIONS = (
     _mutation(
         "the files are not compared with the manifest",
         "restore",
-        "            if self._request.verify:\n",
-        "            if False:\n",
+        "        if request.verify:\n",
+        "        if False:\n",
         f"{FAULTS}::test_byte_flipped_in_an_uncompressed_backup_is_noticed_by_its_checksum",
         f"{FAULTS}::test_damaged_backup_is_noticed_and_the_old_directory_is_back_and_starts[_damage_manifest]",
     ),
@@ -1405,8 +1599,8 @@ MUTATIONS = (
     _mutation(
         "the backup's key is not tried",
         "planning",
-        "        if result.backup.encryption:\n",
-        "        if False:\n",
+        "            if link.encryption and not self._refusals:\n",
+        "            if False:\n",
         f"{ENCRYPTION}::test_damaged_manifest_is_not_called_a_wrong_identity",
     ),
     _mutation(
