@@ -13,7 +13,7 @@ SANDBOX = exec "$$(command -v python3 || echo "$${PYTHON:-python3}")" tools/sand
 IN_VENV = $(SANDBOX) run --test --
 
 .DEFAULT_GOAL := help
-.PHONY: help setup drill test kill-test mutation lint sanity typecheck check-specs docs build install-check bench bench-archive bench-wal stop clean ledger
+.PHONY: help setup drill test kill-test mutation lint sanity typecheck check-specs docs build install-check bench bench-archive bench-wal bench-restore stop clean ledger
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -30,8 +30,9 @@ test: ## unit and integration tests
 	@$(SANDBOX) test --pg '$(PG)' $(ARGS)
 
 kill-test: export PGDRILL_TEST_KILLS = $(KILLS)
+kill-test: export PGDRILL_TEST_RESTORE_KILLS = 60
 kill-test: ## kill -9 of everything that archives and restores, KILLS times under load, then a restore; `test` kills less
-	@$(SANDBOX) test --pg '$(PG)' tests/integration/test_kill_loops.py -s -n 0 $(ARGS)
+	@$(SANDBOX) test --pg '$(PG)' tests/integration/test_kill_loops.py tests/integration/test_restore_kills.py -s -n 0 $(ARGS)
 
 mutation: ## take away the engine's guards one by one: a test must notice each
 	@$(SANDBOX) mutation --pg '$(PG)' $(ARGS)
@@ -69,6 +70,9 @@ bench-archive: ## archive_info and expire over a million segments: seconds and m
 bench-wal: ## push beside pgBackRest's, replay through get beside a local one; about ten minutes
 	@$(SANDBOX) run -- python benchmarks/archive_push.py $(ARGS)
 	@$(SANDBOX) run -- python benchmarks/archive_get.py --pg '$(PG)' $(ARGS)
+
+bench-restore: ## backup and restore, fresh and delta, beside pgBackRest's; about ten minutes
+	@$(SANDBOX) run -- python benchmarks/restore_ratio.py $(ARGS)
 
 stop: ## stop the servers of the sandbox
 	@$(SANDBOX) stop

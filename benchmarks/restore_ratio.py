@@ -15,7 +15,6 @@ import os
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from wal_load import CLUSTER, ENGINE, PORT, Cluster, Failed, as_server_user, run  # noqa: E402
+from wal_load import CLUSTER, ENGINE, PORT, Cluster, Failed, as_server_user, run
 
 PROCESSES = 2
 PGBACKREST = """\

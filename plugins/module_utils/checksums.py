@@ -7,6 +7,11 @@
 pg_verifybackup does the reading: it knows every algorithm of every version, and its CRC32C (the default of
 pg_basebackup) runs in the processor, while Python has none. A gigabyte takes it 0.35 s of a processor; SHA-256 as the
 manifest's algorithm would take three times that here, and as much again in every backup.
+
+CRC32C is blind for one kind of file. What ends with the CRC32C of its own content, and zeros, has the same CRC32C
+whatever that content is: pg_control, the relation maps, and two more. Two relation maps that differ would corrupt a
+cluster, so these are told apart by nothing but a SHA-256 that a restore has noted down, or an algorithm of that family
+in the manifest.
 """
 
 from __future__ import annotations
@@ -20,13 +25,34 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
-from .backup import MANIFEST
+from .backup import MANIFEST, sha256
 from .errors import PitrError
 from .postgres import binary, binary_version
 
 _COMPLAINT = re.compile(r'error: .*"(?:[^"]*/)?f(\d+)"')
+# ControlFileData, RelMapFile, the state of a prepared transaction (EndPrepare), and CheckPointReplicationOrigin.
+_OWN_CRC = re.compile(
+    r"global/pg_control|(.*/)?pg_filenode\.map|pg_twophase/[0-9A-Fa-f]+|pg_logical/replorigin_checkpoint"
+)
 # Seconds between two calls of ``tick``.
 _TICK = 5.0
+
+
+def tells_apart(name: str, entry: str) -> bool:
+    """Whether the checksum in a line of the manifest tells this file from one with other content."""
+    facts = json.loads(entry)
+    algorithm = facts.get("Checksum-Algorithm", "NONE") if facts.get("Checksum") else "NONE"
+    return str(algorithm).startswith("SHA") or (algorithm == "CRC32C" and not _OWN_CRC.fullmatch(name))
+
+
+def noted(paths: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of the files (all of them small) whose CRC32C tells nothing. ``paths``: name to file."""
+    found = {}
+    for name, path in paths.items():
+        if _OWN_CRC.fullmatch(name):
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = sha256(path)
+    return found
 
 
 def differing(

@@ -20,8 +20,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from . import extract, locks, recovery_conf, tail
-from .delta import Delta, Summary, exclusive
+from .delta import Delta, Summary, exclusive, noted, recalled
 from .errors import PitrError
+from .extract import IN_PROGRESS
 from .index import scan
 from .plan import RestorePlan
 from .planning import Planner
@@ -30,7 +31,7 @@ from .receiver import ACCEPTED
 from .repository import BEING_REMOVED
 from .request import Request
 from .tree import fsync_directory
-from .unfinished import IN_PROGRESS, Marker, empty, half_done_delta, left_behind, remove_incomplete, unaccepted
+from .unfinished import Marker, empty, half_done_delta, left_behind, remove_incomplete, unaccepted
 from .wal import WalFile
 
 
@@ -141,12 +142,8 @@ class Restore:
         pgdata = self._request.pgdata
         extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, dict(locations))
         self._bring_tail(result)
-        recovery_conf.write(
-            self._request.configuration,
-            pgdata,
-            self._settings(result, lease),
-            {**result.to_dict(), "started_at": time.time()},
-        )
+        self._facts = {**result.to_dict(), "started_at": time.time(), "noted": noted(result.backup, pgdata)}
+        recovery_conf.write(self._request.configuration, pgdata, self._settings(result, lease), self._facts)
         extract.settle(pgdata, *locations.values())
         self._place_control(pgdata)
         self._check_effective(result, lease)
@@ -158,7 +155,8 @@ class Restore:
         locations = self._request.locations(result.backup)
         stored = os.path.join(self._planner.folder.backups_path, result.backup.label)
         tree = self._planner.folder.tree
-        work = Delta(result.backup, stored, pgdata, locations, self._request.bin_dir, tree, self._keep_in_place)
+        told = recalled(result.backup, recovery_conf.planned(self._request.configuration))
+        work = Delta(result.backup, stored, pgdata, locations, self._request.bin_dir, tree, self._keep_in_place, told)
         with exclusive(pgdata):
             killed = left_behind(pgdata, self._planner.chapter.system_identifier)
             comparison = work.compare(lambda: self._renew(lease))
@@ -319,7 +317,7 @@ class Restore:
                 request.configuration,
                 request.pgdata,
                 {**expected, **raised},
-                {**result.to_dict(), "started_at": time.time(), "raised": raised},
+                {**self._facts, "raised": raised},
             )
         for name in ("restore_command", "recovery_target_timeline", "archive_mode", *raised):
             value = self._effective(name)
