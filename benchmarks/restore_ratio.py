@@ -301,7 +301,10 @@ def _compare(data: Path, restored: Path) -> None:
 
 def measure(bin_dir: Path, home: Path, options: argparse.Namespace) -> None:
     cluster = Cluster(bin_dir, home, options.scale, 0)
+    (cluster.data / "conf.d").mkdir(exist_ok=True)
     with open(cluster.data / "postgresql.conf", "a", encoding="utf-8") as file:
+        # As the role primary has it; without it a restore would have to add it.
+        file.write("include_dir = 'conf.d'\n")
         file.write("archive_mode = on\nwal_keep_size = 0\nmax_wal_size = 1GB\nautovacuum = off\n")
         if options.pg >= 17:
             file.write("summarize_wal = on\n")

@@ -24,6 +24,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from .backup import MANIFEST, sha256
 from .errors import PitrError
@@ -36,11 +37,12 @@ _OWN_CRC = re.compile(
 )
 # Seconds between two calls of ``tick``.
 _TICK = 5.0
+# Files whose links and manifests take some 30 MB of memory.
+_FEW = 100_000
 
 
-def tells_apart(name: str, entry: str) -> bool:
-    """Whether the checksum in a line of the manifest tells this file from one with other content."""
-    facts = json.loads(entry)
+def tells_apart(name: str, facts: Mapping[str, Any]) -> bool:
+    """Whether the checksum in an entry of the manifest tells this file from one with other content."""
     algorithm = facts.get("Checksum-Algorithm", "NONE") if facts.get("Checksum") else "NONE"
     return str(algorithm).startswith("SHA") or (algorithm == "CRC32C" and not _OWN_CRC.fullmatch(name))
 
@@ -58,13 +60,13 @@ def noted(paths: Mapping[str, str]) -> dict[str, str]:
 def differing(
     bin_dir: str,
     paths: Mapping[str, str],
-    entries: Mapping[str, str],
+    entries: Mapping[str, Mapping[str, Any]],
     tick: Callable[[], None] = lambda: None,
 ) -> set[str]:
     """Names whose file does not have the content that the manifest tells.
 
-    ``paths``: name in the manifest to the file that shall have its content; ``entries``: name to line of the manifest
-    (verify.read_manifest). ``tick`` is called every few seconds. A file that cannot be read raises PitrError.
+    ``paths``: name in the manifest to the file that shall have its content; ``entries``: name to its entry there.
+    ``tick`` is called every few seconds. A file that cannot be read raises PitrError.
     """
     if not paths:
         return set()
@@ -73,7 +75,9 @@ def differing(
     if binary_version(bin_dir) >= 18:
         # It would look for PG_VERSION or base.tar to tell the format.
         argv.append("--format=plain")
-    with tempfile.TemporaryDirectory(prefix="pitr-compare-") as place, contextlib.ExitStack() as stack:
+    # A link costs a filesystem that is busy milliseconds.
+    memory = "/dev/shm" if len(paths) < _FEW and os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="pitr-compare-", dir=memory) as place, contextlib.ExitStack() as stack:
         running = []
         for number, names in enumerate(parts):
             directory = os.path.join(place, str(number))
@@ -106,9 +110,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _split(entries: Mapping[str, str], paths: Mapping[str, str], count: int) -> list[list[str]]:
+def _split(entries: Mapping[str, Mapping[str, Any]], paths: Mapping[str, str], count: int) -> list[list[str]]:
     """The names in so many parts of about the same number of bytes."""
-    sizes = sorted(((json.loads(entries[name])["Size"], name) for name in paths), reverse=True)
+    sizes = sorted(((int(entries[name]["Size"]), name) for name in paths), reverse=True)
     parts: list[list[str]] = [[] for _number in range(min(count, len(sizes)))]
     total = [0] * len(parts)
     for size, name in sizes:
@@ -119,15 +123,17 @@ def _split(entries: Mapping[str, str], paths: Mapping[str, str], count: int) -> 
     return parts
 
 
-def _lay_out(directory: str, names: Sequence[str], paths: Mapping[str, str], entries: Mapping[str, str]) -> None:
+def _lay_out(
+    directory: str, names: Sequence[str], paths: Mapping[str, str], entries: Mapping[str, Mapping[str, Any]]
+) -> None:
     """A directory of links with a manifest of its own: numbers instead of names, which may hold anything."""
     os.mkdir(directory, mode=0o700)
     lines = []
     for number, name in enumerate(names):
         os.symlink(paths[name], os.path.join(directory, f"f{number}"))
-        entry = json.loads(entries[name])
+        entry = {**entries[name], "Path": f"f{number}"}
         entry.pop("Encoded-Path", None)
-        lines.append(json.dumps({**entry, "Path": f"f{number}"}))
+        lines.append(json.dumps(entry))
     # Version 1 has no system identifier, which would have to be that of a pg_control; every version reads it.
     text = '{ "PostgreSQL-Backup-Manifest-Version": 1,\n"Files": [\n' + ",\n".join(lines) + '\n],\n"WAL-Ranges": [],\n'
     digest = hashlib.sha256(text.encode()).hexdigest()

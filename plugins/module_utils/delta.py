@@ -68,6 +68,8 @@ _GOES_EMPTY = re.compile(
     r"pg_subtrans)/.+|(.*/)?pgsql_tmp.*)"
 )
 _SUMMARIES_SINCE = 17
+# Files that are synced one by one.
+FEW = 64
 
 
 def version_directory(major: int) -> re.Pattern[str]:
@@ -139,15 +141,15 @@ class Delta:
         self._keep = keep
         self._noted = noted or {}
         self._version = version_directory(backup.postgresql_version)
-        self._entries: dict[str, str] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
 
     def compare(self, tick: Callable[[], None] = lambda: None) -> Comparison:
         """Read everything and change nothing. ``tick`` is called every few seconds."""
         path = extract.check_manifest(self._backup, self._stored, self._tree)
         with codec.open_reader(path, self._tree) as reader:
-            self._entries = read_manifest(reader)
+            self._entries = {name: json.loads(line) for name, line in read_manifest(reader).items()}
         self._entries.pop(IN_PROGRESS, None)
-        sizes = {name: int(json.loads(entry)["Size"]) for name, entry in self._entries.items()}
+        sizes = {name: int(entry["Size"]) for name, entry in self._entries.items()}
         found = self._find()
         candidates, same = {}, set()
         for name, size in sizes.items():
@@ -232,6 +234,18 @@ class Delta:
             if not os.path.islink(link):
                 os.symlink(location, link)
 
+    def settle(self, comparison: Comparison) -> None:
+        """Put what was changed on stable storage: file by file when it is little, else all of the filesystem."""
+        changed = [name for name in comparison.needed if name != extract.PG_CONTROL]
+        if len(changed) > FEW:
+            extract.settle(self._pgdata, *self._locations.values())
+            return
+        paths = [self._path(name) for name in [*changed, extract.HELD_BACK]]
+        folders = {os.path.dirname(path) for path in [*paths, *map(self._path, comparison.extra)]}
+        for path in [*paths, *folders]:
+            with contextlib.suppress(FileNotFoundError):
+                fsync_directory(path)
+
     def verify(self, comparison: Comparison, content: bool = True) -> Summary:
         """All files of the backup are there and no others, and what was written has the manifest's checksum.
 
@@ -244,7 +258,7 @@ class Delta:
             seen, path = self._seen(found, name)
             if seen is None:
                 wrong.append(f"{path} is missing")
-            elif seen.st_size != int(json.loads(entry)["Size"]):
+            elif seen.st_size != int(entry["Size"]):
                 wrong.append(f"{path} has {seen.st_size} bytes")
             elif name in comparison.needed:
                 written[name] = path

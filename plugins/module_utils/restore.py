@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from . import extract, locks, recovery_conf, tail
@@ -131,20 +132,25 @@ class Restore:
             )
             if self._request.verify:
                 extract.verify(result.backup, stored, pgdata, self._request.bin_dir, self._planner.folder.tree)
-            self._complete(result, locations, lease)
+            self._complete(result, locations, lease, lambda: extract.settle(pgdata, *locations.values()))
         except BaseException:
             self._put_back(moved_aside, locations, progress, was_there)
             raise
         return Result(result, moved_aside, round(time.monotonic() - started, 3))
 
-    def _complete(self, result: RestorePlan, locations: Mapping[int, str], lease: str) -> None:
-        """All files of the backup are there: what the recovery needs beside them, and pg_control last."""
+    def _complete(
+        self, result: RestorePlan, locations: Mapping[int, str], lease: str, settle: Callable[[], None]
+    ) -> None:
+        """All files of the backup are there: what the recovery needs beside them, and pg_control last.
+
+        ``settle`` puts the files on stable storage.
+        """
         pgdata = self._request.pgdata
         extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, dict(locations))
         self._bring_tail(result)
         self._facts = {**result.to_dict(), "started_at": time.time(), "noted": noted(result.backup, pgdata)}
         recovery_conf.write(self._request.configuration, pgdata, self._settings(result, lease), self._facts)
-        extract.settle(pgdata, *locations.values())
+        settle()
         self._place_control(pgdata)
         self._check_effective(result, lease)
 
@@ -174,7 +180,7 @@ class Restore:
                 work.clear(comparison)
                 work.write(comparison, self._renewing(progress, lease))
                 summary = work.verify(comparison, self._request.verify)
-                self._complete(result, locations, lease)
+                self._complete(result, locations, lease, lambda: work.settle(comparison))
             except BaseException as error:
                 # No server may start from this; and the next try must know it.
                 with contextlib.suppress(OSError):
@@ -307,9 +313,13 @@ class Restore:
         """Ask the server's own parser what it would use; raise floors that pg_control demands (design rule 7)."""
         request = self._request
         floors = control_data(request.bin_dir, request.pgdata).floors
+        checked = ("restore_command", "recovery_target_timeline", "archive_mode")
+        # Each answer is a start of the server's program.
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            effective = dict(zip((*floors, *checked), pool.map(self._effective, (*floors, *checked))))
         raised = {}
         for name, floor in floors.items():
-            if int(self._effective(name)) < floor:
+            if int(effective[name]) < floor:
                 raised[name] = str(floor)
         expected = self._settings(result, lease)
         if raised:
@@ -319,8 +329,9 @@ class Restore:
                 {**expected, **raised},
                 {**self._facts, "raised": raised},
             )
-        for name in ("restore_command", "recovery_target_timeline", "archive_mode", *raised):
-            value = self._effective(name)
+        effective.update({name: self._effective(name) for name in raised})
+        for name in (*checked, *raised):
+            value = effective[name]
             if name in expected and value != expected[name]:
                 raise PitrError(
                     f"The recovery's setting of {name} has no effect: the server would use '{value}'. Something in"

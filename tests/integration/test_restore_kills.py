@@ -30,6 +30,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Restor
 from ansible_collections.pgdrill.pitr.tests.integration.support import (
     Restored,
     fingerprint,
+    flip,
     in_child,
     refuses_to_start,
 )
@@ -100,6 +101,12 @@ class Victim:
         shutil.rmtree(self.data.parent, ignore_errors=True)
         self.data.parent.mkdir()
         shutil.copytree(self._history.data, self.data)
+        if self._kind == "delta":
+            # Much to write and to remove: otherwise nearly all of the time is spent comparing.
+            for number, path in enumerate(sorted((self.data / "base").rglob("[0-9]*"))):
+                if path.is_file() and path.stat().st_size and number % 2:
+                    flip(path, path.stat().st_size // 2)
+                    shutil.copy(path, path.with_name(f"9{path.name}"))
 
     def check(self, why: str, bin_dir: str) -> None:
         """What a kill may leave behind."""
@@ -127,11 +134,12 @@ class Victim:
         self._renew()
         for _again in range(rng.choice((1, 1, 2))):
             if number % 2:
-                seconds = rng.uniform(0.2, 1.0) * self.seconds
+                seconds = rng.uniform(0.4, 1.0) * self.seconds
                 why = f"{self._kind}, seed {SEED}, kill {number}: after {seconds:.3f} s"
                 _killed_by_clock(self.request, seconds)
             else:
-                at = rng.randint(1, self.changes)
+                # Before the first change of the directory a delta restore makes links to compare its files.
+                at = rng.randint(self.changes // 3 if self._kind == "delta" else 1, self.changes)
                 why = f"{self._kind}, seed {SEED}, kill {number}: before change {at} of {self.changes}"
                 done = in_child(self.request, at=at)
                 # The next one has less to do than the first had.
