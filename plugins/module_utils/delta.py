@@ -244,7 +244,11 @@ class Delta:
         folders = {os.path.dirname(path) for path in [*paths, *map(self._path, comparison.extra)]}
         for path in [*paths, *folders]:
             with contextlib.suppress(FileNotFoundError):
-                fsync_directory(path)
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
 
     def verify(self, comparison: Comparison, content: bool = True) -> Summary:
         """All files of the backup are there and no others, and what was written has the manifest's checksum.

@@ -46,7 +46,7 @@ options:
   compression:
     description:
       - V(none), V(gzip), V(lz4) or V(zstd), with an optional C(:level). Compressed by the server.
-      - V(auto) is zstd where the server and this host have it, else gzip.
+      - V(auto) is zstd where the server and this host have it, else lz4 where both have that, else gzip.
     type: str
     default: auto
   checkpoint:
