@@ -811,7 +811,7 @@ MUTATIONS = (
     _mutation(
         "pg_control is in its place from the beginning",
         "extract",
-        'name = HELD_BACK if member.name.lstrip("./") == PG_CONTROL else member.name',
+        "name = HELD_BACK if plain == PG_CONTROL else member.name",
         "name = member.name",
         f"{FAULTS}::test_killed_restore_loses_nothing_and_can_be_repeated[middle]",
     ),
@@ -834,8 +834,8 @@ MUTATIONS = (
     _mutation(
         "a failure leaves the recovery's settings outside the data directory",
         "restore",
-        "        recovery_conf.discard(self._request.configuration)\n",
-        "",
+        "            empty(location)\n        recovery_conf.discard(self._request.configuration)\n",
+        "            empty(location)\n",
         f"{AFTER}::test_setting_that_would_win_over_the_recoverys_is_refused_and_the_old_directory_is_back",
     ),
     _mutation(
@@ -869,7 +869,7 @@ MUTATIONS = (
     _mutation(
         "settings lower than the primary's stay",
         "restore",
-        "            if int(self._effective(name)) < floor:\n",
+        "            if int(effective[name]) < floor:\n",
         "            if False:\n",
         f"{AFTER}::test_settings_lower_than_the_primarys_are_raised_for_the_recovery",
     ),
@@ -949,7 +949,7 @@ MUTATIONS = (
         "files that the backup does not have stay",
         "delta",
         "        for name in comparison.extra:\n            os.unlink(self._path(name))\n",
-        "        for name in comparison.extra:\n            if name in self._entries:\n                os.unlink(self._path(name))\n",
+        "        for name in set(comparison.extra) & set(self._entries):\n            os.unlink(self._path(name))\n",
         f"{DELTA}::test_directory_of_the_server_becomes_that_of_the_backup_and_recovers",
     ),
     _mutation(
@@ -963,8 +963,8 @@ MUTATIONS = (
     _mutation(
         "pg_control stays after a failure at the very end",
         "restore",
-        "                    with contextlib.suppress(OSError):\n                        os.unlink(os.path.join(pgdata, extract.PG_CONTROL))\n",
-        "                    pass\n",
+        "                if os.path.exists(path):\n",
+        "                if False:\n",
         f"{DELTA}::test_settings_that_have_no_effect_leave_a_directory_that_does_not_start",
     ),
     _mutation(
