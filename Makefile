@@ -13,7 +13,8 @@ SANDBOX = exec "$$(command -v python3 || echo "$${PYTHON:-python3}")" tools/sand
 IN_VENV = $(SANDBOX) run --test --
 
 .DEFAULT_GOAL := help
-.PHONY: help setup drill test kill-test mutation lint sanity typecheck check-specs docs build install-check bench bench-archive bench-wal bench-incremental stop clean ledger
+.PHONY: help setup drill test kill-test mutation lint sanity typecheck check-specs docs build install-check
+.PHONY: bench bench-archive bench-wal bench-incremental bench-restore stop clean ledger
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -30,8 +31,9 @@ test: ## unit and integration tests
 	@$(SANDBOX) test --pg '$(PG)' $(ARGS)
 
 kill-test: export PGDRILL_TEST_KILLS = $(KILLS)
+kill-test: export PGDRILL_TEST_RESTORE_KILLS = 60
 kill-test: ## kill -9 of everything that archives and restores, KILLS times under load, then a restore; `test` kills less
-	@$(SANDBOX) test --pg '$(PG)' tests/integration/test_kill_loops.py -s -n 0 $(ARGS)
+	@$(SANDBOX) test --pg '$(PG)' tests/integration/test_kill_loops.py tests/integration/test_restore_kills.py -s -n 0 $(ARGS)
 
 mutation: ## take away the engine's guards one by one: a test must notice each
 	@$(SANDBOX) mutation --pg '$(PG)' $(ARGS)
@@ -72,6 +74,8 @@ bench-wal: ## push beside pgBackRest's, replay through get beside a local one; a
 
 bench-incremental: ## an incremental backup after 1 % of change beside a full one, 1.1 GB
 	@$(SANDBOX) run -- python benchmarks/incremental.py --pg '$(PG)' $(ARGS)
+bench-restore: ## backup and restore, fresh and delta, beside pgBackRest's; about ten minutes
+	@$(SANDBOX) run -- python benchmarks/restore_ratio.py $(ARGS)
 
 stop: ## stop the servers of the sandbox
 	@$(SANDBOX) stop

@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Backup and restore of a cluster of a gigabyte and more, beside pgBackRest, in the same run and in turn.
 
-Both compress with zstd level 1 and use two processes (``process-max``), and both are asked what a user would type.
+Both compress with lz4 (or zstd, --compression) level 1 and use two processes (``process-max``).
 benchmarks/README.md says what else is the same.
 """
 
@@ -15,7 +15,6 @@ import os
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from wal_load import CLUSTER, ENGINE, PORT, Cluster, Failed, as_server_user, run  # noqa: E402
+from wal_load import CLUSTER, ENGINE, PORT, Cluster, Failed, as_server_user, run
 
 PROCESSES = 2
 PGBACKREST = """\
@@ -34,7 +33,7 @@ lock-path={home}/pgbackrest-lock
 log-level-file=off
 log-level-console=warn
 log-level-stderr=off
-compress-type=zst
+compress-type={compress}
 compress-level=1
 process-max={processes}
 start-fast=y
@@ -129,7 +128,7 @@ class Ours:
             "port": PORT,
             "bin_dir": str(self._cluster.bin_dir),
             "label": f"bench{self._count}",
-            "options": options,
+            "options": {"compression": self._options.compression, **options},
         }
         self.label = self._python(BACKUP, asked).strip()
 
@@ -181,6 +180,7 @@ class PgBackRest:
         text = PGBACKREST.format(
             home=self._cluster.home, data=self._cluster.data, cluster=CLUSTER, port=PORT, processes=PROCESSES,
             bundle="y" if self._options.bundle else "n",
+            compress={"zstd": "zst"}.get(self._options.compression, self._options.compression),
         )  # fmt: skip
         self._config.write_text(text, encoding="utf-8")
         self._run("--no-online", "stanza-create")
@@ -302,10 +302,13 @@ def _compare(data: Path, restored: Path) -> None:
 
 def measure(bin_dir: Path, home: Path, options: argparse.Namespace) -> None:
     cluster = Cluster(bin_dir, home, options.scale, 0)
+    (cluster.data / "conf.d").mkdir(exist_ok=True)
     with open(cluster.data / "postgresql.conf", "a", encoding="utf-8") as file:
         file.write("archive_mode = on\nwal_keep_size = 0\nmax_wal_size = 1GB\nautovacuum = off\n")
         if options.pg >= 17:
             file.write("summarize_wal = on\n")
+        # As the role primary has it, and last; without it a restore would have to add it.
+        file.write("include_dir = 'conf.d'\n")
     cluster.start(cluster.data)
     try:
         size = _bytes(cluster.data / "base")
@@ -324,6 +327,7 @@ def main() -> int:
     parser.add_argument("--pg", type=int, default=15, help="PostgreSQL's major version (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="how often both run (%(default)s)")
     parser.add_argument("--scale", type=int, default=75, help="scale of pgbench (%(default)s)")
+    parser.add_argument("--compression", choices=("lz4", "zstd", "gzip"), default="lz4", help="of both (%(default)s)")
     parser.add_argument("--bundle", action="store_true", help="pgBackRest bundles small files (repo-bundle)")
     parser.add_argument("--keep", type=Path, help="directory for the cluster, used again if it is there")
     options = parser.parse_args()

@@ -36,6 +36,7 @@ from .repository import (
     write_atomic,
     write_json,
 )
+from .tarstream import open_stream
 from .timeline import parse_history
 from .tree import LOCAL, Tree, fsync_directory, make_directory, temporary_name
 from .wal import Lsn, WalFile, history_name, segment_name
@@ -340,7 +341,9 @@ class BaseBackup:
         """The -Z option: compression on the server, which also saves the network."""
         name, _colon, level = self._compression.partition(":")
         if name == "auto":
-            name = "zstd" if "zstd" in (facts["compressions"] or "") and codec.which("zstd") else "gzip"
+            # The server's gzip takes five times the processor time of the other two.
+            usable = [one for one in ("zstd", "lz4") if one in (facts["compressions"] or "") and codec.which(one)]
+            name = usable[0] if usable else "gzip"
         if name == "none":
             return "none"
         detail = f"level={level or 1}"
@@ -503,10 +506,10 @@ class BaseBackup:
         found = found_bytes = 0
         for name in names:
             if not name.endswith(MANIFEST):
-                with open_tar(os.path.join(directory, name)) as tar:
+                with open_stream(os.path.join(directory, name)) as tar:
                     for member in tar:
                         # WAL that is in the backup itself is no part of the manifest.
-                        if member.isfile() and not member.name.startswith("pg_wal/"):
+                        if member.kind == "file" and not member.name.startswith("pg_wal/"):
                             found += 1
                             found_bytes += member.size
         if (found, found_bytes) != (file_count, total):

@@ -25,8 +25,10 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from . import checksums, codec, extract
+from .backup import MANIFEST, sha256
 from .catalog import Backup
 from .errors import PitrError
 from .extract import IN_PROGRESS
@@ -66,6 +68,8 @@ _GOES_EMPTY = re.compile(
     r"pg_subtrans)/.+|(.*/)?pgsql_tmp.*)"
 )
 _SUMMARIES_SINCE = 17
+# Files that are synced one by one.
+FEW = 64
 
 
 def version_directory(major: int) -> re.Pattern[str]:
@@ -120,8 +124,11 @@ class Delta:
         bin_dir: str,
         tree: Tree = LOCAL,
         keep: Callable[[str], bool] = lambda _name: False,
+        noted: Mapping[str, str] | None = None,
     ) -> None:
-        """``stored``: the backup's folder in the repository. ``locations``: tablespace OID to its directory.
+        """``noted``: name to SHA-256 of files of this very backup, for those that its manifest does not tell apart.
+
+        ``stored``: the backup's folder in the repository. ``locations``: tablespace OID to its directory.
 
         ``keep``: asked for every file that the backup does not have (``pg_wal/…``) whether it stays all the same.
         """
@@ -132,24 +139,29 @@ class Delta:
         self._bin_dir = bin_dir
         self._tree = tree
         self._keep = keep
+        self._noted = noted or {}
         self._version = version_directory(backup.postgresql_version)
-        self._entries: dict[str, str] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
 
     def compare(self, tick: Callable[[], None] = lambda: None) -> Comparison:
         """Read everything and change nothing. ``tick`` is called every few seconds."""
         path = extract.check_manifest(self._backup, self._stored, self._tree)
         with codec.open_reader(path, self._tree) as reader:
-            self._entries = read_manifest(reader)
+            self._entries = {name: json.loads(line) for name, line in read_manifest(reader).items()}
         self._entries.pop(IN_PROGRESS, None)
-        sizes = {name: int(json.loads(entry)["Size"]) for name, entry in self._entries.items()}
+        sizes = {name: int(entry["Size"]) for name, entry in self._entries.items()}
         found = self._find()
-        candidates = {}
+        candidates, same = {}, set()
         for name, size in sizes.items():
             seen, path = self._seen(found, name)
-            if seen is not None and seen.st_size == size:
+            if seen is None or seen.st_size != size:
+                continue
+            if checksums.tells_apart(name, self._entries[name]):
                 candidates[name] = path
+            elif name in self._noted and sha256(path) == self._noted[name]:
+                same.add(name)
         differing = checksums.differing(self._bin_dir, candidates, self._entries, tick)
-        kept = frozenset(candidates) - differing
+        kept = (frozenset(candidates) - differing) | same
         known = {extract.HELD_BACK if name == extract.PG_CONTROL and name in kept else name for name in kept}
         extra = [
             name
@@ -222,6 +234,22 @@ class Delta:
             if not os.path.islink(link):
                 os.symlink(location, link)
 
+    def settle(self, comparison: Comparison) -> None:
+        """Put what was changed on stable storage: file by file when it is little, else all of the filesystem."""
+        changed = [name for name in comparison.needed if name != extract.PG_CONTROL]
+        if len(changed) > FEW:
+            extract.settle(self._pgdata, *self._locations.values())
+            return
+        paths = [self._path(name) for name in [*changed, extract.HELD_BACK]]
+        folders = {os.path.dirname(path) for path in [*paths, *map(self._path, comparison.extra)]}
+        for path in [*paths, *folders]:
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+
     def verify(self, comparison: Comparison, content: bool = True) -> Summary:
         """All files of the backup are there and no others, and what was written has the manifest's checksum.
 
@@ -234,7 +262,7 @@ class Delta:
             seen, path = self._seen(found, name)
             if seen is None:
                 wrong.append(f"{path} is missing")
-            elif seen.st_size != int(json.loads(entry)["Size"]):
+            elif seen.st_size != int(entry["Size"]):
                 wrong.append(f"{path} has {seen.st_size} bytes")
             elif name in comparison.needed:
                 written[name] = path
@@ -316,6 +344,31 @@ class Delta:
                         found.others.add(name)
         except PermissionError as error:
             raise PitrError(f"{error.filename or directory} cannot be read: {error.strerror}.") from None
+
+
+def noted(backup: Backup, pgdata: str) -> dict[str, Any]:
+    """What a restore notes down of the files that it has just made, for the next delta restore of the same backup.
+
+    It goes into the recovery's include file, and is gone when the cluster is accepted: by then they have changed.
+    """
+    paths = {extract.PG_CONTROL: os.path.join(pgdata, extract.HELD_BACK)}
+    for top in ("global", "base", "pg_twophase", "pg_logical", TABLESPACES):
+        for directory, _names, files in os.walk(os.path.join(pgdata, top), followlinks=top == TABLESPACES):
+            relative = os.path.relpath(directory, pgdata)
+            paths.update((f"{relative}/{name}", os.path.join(directory, name)) for name in files)
+    return {"manifest": _manifest_digest(backup), "files": checksums.noted(paths)}
+
+
+def recalled(backup: Backup, planned: Mapping[str, Any] | None) -> dict[str, str]:
+    """What an earlier restore has noted down, if it was of this very backup."""
+    facts = (planned or {}).get("noted") or {}
+    if facts.get("manifest") != _manifest_digest(backup):
+        return {}
+    return {str(name): str(digest) for name, digest in facts.get("files", {}).items()}
+
+
+def _manifest_digest(backup: Backup) -> str:
+    return next((file.sha256 for file in backup.files if file.name.startswith(MANIFEST)), "")
 
 
 @contextlib.contextmanager

@@ -17,12 +17,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from . import combine, extract, keep_out, locks, places, recovery_conf, tail
-from .delta import Delta, Summary, exclusive
+from .delta import Delta, Summary, exclusive, noted, recalled
 from .errors import PitrError
+from .extract import IN_PROGRESS
 from .index import scan
 from .plan import RestorePlan
 from .planning import Planner
@@ -55,6 +57,8 @@ class Restore:
         self._request = request
         self._planner = Planner(request)
         self._hba_file = ""
+        # What tells files of this backup apart where its manifest does not (delta.noted).
+        self._noted: dict[str, Any] = {}
 
     def plan(self) -> RestorePlan:
         """Decide without touching anything. Raises RefusedError with every reason that can be known now."""
@@ -127,11 +131,11 @@ class Restore:
             os.makedirs(pgdata, mode=0o700, exist_ok=True)
             os.chmod(pgdata, 0o700)
             total = sum(link.database_bytes for link in result.chain)
-            path = os.path.join(pgdata, extract.IN_PROGRESS)
+            path = os.path.join(pgdata, IN_PROGRESS)
             progress = Marker(path, result.backup, moved_aside, locations, total=total, pg_wal=wal)
             places.link_wal(pgdata, wal)
             self._bring_files(result, locations, self._renewing(progress, lease))
-            self._complete(result, locations, lease)
+            self._complete(result, locations, lease, lambda: extract.settle(pgdata, *locations.values()))
         except BaseException:
             self._put_back(moved_aside, locations, progress, was_there)
             if progress is not None:
@@ -154,15 +158,22 @@ class Restore:
         if request.verify:
             extract.verify(result.backup, stored, request.pgdata, request.bin_dir, folder.tree)
 
-    def _complete(self, result: RestorePlan, locations: Mapping[int, str], lease: str) -> None:
-        """All files of the backup are there: what the recovery needs beside them, and pg_control last."""
+    def _complete(
+        self, result: RestorePlan, locations: Mapping[int, str], lease: str, settle: Callable[[], None]
+    ) -> None:
+        """All files of the backup are there: what the recovery needs beside them, and pg_control last.
+
+        ``settle`` puts the files on stable storage.
+        """
         pgdata = self._request.pgdata
         extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, dict(locations))
         places.check_links(pgdata, locations, self._planner.wal_directory)
         self._bring_tail(result)
+        if len(result.chain) == 1:
+            self._noted = noted(result.backup, pgdata)
         self._write_settings(result, lease)
         self._keep_out(result, lease)
-        extract.settle(pgdata, *locations.values())
+        settle()
         self._place_control(pgdata)
         self._check_effective(result, lease)
 
@@ -173,7 +184,8 @@ class Restore:
         locations = self._request.locations(result.backup)
         stored = os.path.join(self._planner.folder.backups_path, result.backup.label)
         tree = self._planner.folder.tree
-        work = Delta(result.backup, stored, pgdata, locations, self._request.bin_dir, tree, self._keep_in_place)
+        told = recalled(result.backup, recovery_conf.planned(self._request.configuration))
+        work = Delta(result.backup, stored, pgdata, locations, self._request.bin_dir, tree, self._keep_in_place, told)
         with exclusive(pgdata):
             killed = left_behind(pgdata, self._planner.chapter.system_identifier)
             comparison = work.compare(lambda: self._renew(lease))
@@ -183,7 +195,7 @@ class Restore:
                     f"A server was started in {pgdata} (process {pid}) since the plan was made. Nothing was touched."
                 )
             moved_aside = str((killed or {}).get("moved_aside") or "")
-            path = os.path.join(pgdata, extract.IN_PROGRESS)
+            path = os.path.join(pgdata, IN_PROGRESS)
             progress = Marker(path, result.backup, moved_aside, locations, delta=True)
             try:
                 work.hold(comparison)
@@ -191,7 +203,7 @@ class Restore:
                 work.clear(comparison)
                 work.write(comparison, self._renewing(progress, lease))
                 summary = work.verify(comparison, self._request.verify)
-                self._complete(result, locations, lease)
+                self._complete(result, locations, lease, lambda: work.settle(comparison))
             except BaseException as error:
                 # No server may start from this; and the next try must know it.
                 with contextlib.suppress(OSError):
@@ -327,6 +339,7 @@ class Restore:
         """What the recovery is to be compared with."""
         locations = self._request.locations(result.backup)
         recorded = {**result.to_dict(), "started_at": time.time(), "pg_wal": self._planner.wal_directory}
+        recorded["noted"] = self._noted
         recorded["tablespaces"] = {str(oid): location for oid, location in locations.items()}
         if _is_its_own_end(result):
             recorded["target_kind"] = "latest"
@@ -360,22 +373,27 @@ class Restore:
         """The last step: only now can a server start here."""
         os.rename(os.path.join(pgdata, extract.HELD_BACK), os.path.join(pgdata, extract.PG_CONTROL))
         fsync_directory(os.path.join(pgdata, "global"))
-        os.unlink(os.path.join(pgdata, extract.IN_PROGRESS))
+        os.unlink(os.path.join(pgdata, IN_PROGRESS))
         fsync_directory(pgdata)
 
     def _check_effective(self, result: RestorePlan, lease: str) -> None:
         """Ask the server's own parser what it would use; raise floors that pg_control demands (design rule 7)."""
         request = self._request
         floors = control_data(request.bin_dir, request.pgdata).floors
+        checked = ("restore_command", "recovery_target_timeline", "archive_mode")
+        # Each answer is a start of the server's program.
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            effective = dict(zip((*floors, *checked), pool.map(self._effective, (*floors, *checked))))
         raised = {}
         for name, floor in floors.items():
-            if int(self._effective(name)) < floor:
+            if int(effective[name]) < floor:
                 raised[name] = str(floor)
         expected = self._settings(result, lease)
         if raised:
             self._write_settings(result, lease, raised)
-        for name in ("restore_command", "recovery_target_timeline", "archive_mode", *raised):
-            value = self._effective(name)
+        effective.update({name: self._effective(name) for name in raised})
+        for name in (*checked, *raised):
+            value = effective[name]
             if name in expected and value != expected[name]:
                 raise PitrError(
                     f"The recovery's setting of {name} has no effect: the server would use '{value}'. Something in"
@@ -412,7 +430,7 @@ def settle(request: Request, moved_aside: str, check: bool = False) -> bool:
     if not os.path.lexists(moved_aside):
         return False
     # Recovery settings anywhere are enough here: what is in doubt is not accepted.
-    if recovery_conf.planned(request.configuration) or os.path.exists(os.path.join(pgdata, extract.IN_PROGRESS)):
+    if recovery_conf.planned(request.configuration) or os.path.exists(os.path.join(pgdata, IN_PROGRESS)):
         raise PitrError(f"The restored cluster in {pgdata} is not accepted yet; {moved_aside} stays.")
     if not moved_aside.startswith(f"{pgdata}.old-") or os.path.dirname(moved_aside) != os.path.dirname(pgdata):
         raise PitrError(f"{moved_aside} is not what a restore of {pgdata} has moved aside. It stays.")
@@ -438,7 +456,7 @@ def undo(request: Request, moved_aside: str, check: bool = False) -> str:
     if pid is not None:
         raise PitrError(f"A server is running in {pgdata} (process {pid}). Stop it first; nothing was changed.")
     in_the_way = os.path.isdir(pgdata) and bool(os.listdir(pgdata))
-    half_done = os.path.exists(os.path.join(pgdata, extract.IN_PROGRESS))
+    half_done = os.path.exists(os.path.join(pgdata, IN_PROGRESS))
     ours = control_data(request.bin_dir, moved_aside).system_identifier
     if in_the_way and not half_done:
         if not unaccepted(request) or control_data(request.bin_dir, pgdata).system_identifier != ours:

@@ -117,7 +117,7 @@ options:
     description:
       - V(none), V(gzip), V(lz4) or V(zstd), with an optional C(:level). Compressed by the server with O(method=stream),
         else here.
-      - V(auto) is zstd where the server and this host have it, else gzip.
+      - V(auto) is zstd where the server and this host have it, else lz4 where both have that, else gzip.
     type: str
     default: auto
   checkpoint:

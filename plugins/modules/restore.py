@@ -140,8 +140,8 @@ options:
         differs is written anew, what the backup does not have is removed, and everything else stays.
       - Needs O(force), and a directory of the same cluster without a running server, or what an interrupted restore of
         it has left. Where there is no directory, or an empty one, everything is written.
-      - Nothing is moved aside, so that there is nothing to undo. A delta restore that failed or was interrupted leaves a
-        directory that no server can start from; repeat it.
+      - Nothing is moved aside, so that there is nothing to undo. A delta restore that failed or was interrupted leaves
+        a directory that no server can start from; repeat it.
       - Not with an incremental backup.
     type: bool
     default: false

@@ -14,6 +14,8 @@ REFUSALS = "tests/integration/test_restore_refusals.py"
 TIMELINES = "tests/integration/test_restore_timelines.py"
 FAULTS = "tests/integration/test_restore_faults.py"
 AFTER = "tests/integration/test_restore_after.py"
+DELTA = "tests/integration/test_delta.py"
+KILLS = "tests/integration/test_restore_kills.py"
 PLACES = "tests/integration/test_tablespaces_and_names.py"
 BACKUP = "tests/integration/test_base_backup.py"
 AHEAD = "tests/unit/test_ahead.py"
@@ -1003,7 +1005,7 @@ MUTATIONS = (
     _mutation(
         "pg_control is in its place from the beginning",
         "extract",
-        'name = HELD_BACK if member.name.lstrip("./") == PG_CONTROL else member.name',
+        "name = HELD_BACK if plain == PG_CONTROL else member.name",
         "name = member.name",
         f"{FAULTS}::test_killed_restore_loses_nothing_and_can_be_repeated[middle]",
     ),
@@ -1026,8 +1028,8 @@ MUTATIONS = (
     _mutation(
         "a failure leaves the recovery's settings outside the data directory",
         "restore",
-        "        recovery_conf.discard(self._request.configuration)\n",
-        "",
+        "            empty(location)\n        recovery_conf.discard(self._request.configuration)\n",
+        "            empty(location)\n",
         f"{AFTER}::test_setting_that_would_win_over_the_recoverys_is_refused_and_the_old_directory_is_back",
     ),
     _mutation(
@@ -1061,7 +1063,7 @@ MUTATIONS = (
     _mutation(
         "settings lower than the primary's stay",
         "restore",
-        "            if int(self._effective(name)) < floor:\n",
+        "            if int(effective[name]) < floor:\n",
         "            if False:\n",
         f"{AFTER}::test_settings_lower_than_the_primarys_are_raised_for_the_recovery",
     ),
@@ -1113,6 +1115,114 @@ MUTATIONS = (
         '        raise PitrError(f"{moved_aside} is another cluster, or a server is running on it. It stays.")\n',
         "        pass\n",
         f"{AFTER}::test_old_directory_is_removed_only_when_the_new_one_is_accepted",
+    ),
+    # --- delta restore
+    _mutation(
+        "the same size is taken for the same content",
+        "delta",
+        "kept = (frozenset(candidates) - differing) | same",
+        "kept = frozenset(candidates) | same",
+        f"{DELTA}::test_change_that_neither_size_nor_time_tells_is_found",
+    ),
+    _mutation(
+        "a checksum that is always the same is believed",
+        "checksums",
+        '(algorithm == "CRC32C" and not _OWN_CRC.fullmatch(name))',
+        'algorithm == "CRC32C"',
+        f"{DELTA}::test_files_that_have_the_same_crc_whatever_they_hold_are_told_apart",
+        f"{DELTA}::test_directory_of_the_server_becomes_that_of_the_backup_and_recovers",
+    ),
+    _mutation(
+        "what was noted down is not compared",
+        "delta",
+        "elif name in self._noted and sha256(path) == self._noted[name]:",
+        "elif name in self._noted:",
+        f"{DELTA}::test_files_that_have_the_same_crc_whatever_they_hold_are_told_apart",
+    ),
+    _mutation(
+        "files that the backup does not have stay",
+        "delta",
+        "        for name in comparison.extra:\n            os.unlink(self._path(name))\n",
+        "        for name in set(comparison.extra) & set(self._entries):\n            os.unlink(self._path(name))\n",
+        f"{DELTA}::test_directory_of_the_server_becomes_that_of_the_backup_and_recovers",
+    ),
+    _mutation(
+        "a half-done directory has a pg_control",
+        "delta",
+        "            else:\n                os.unlink(control)\n",
+        "",
+        f"{DELTA}::test_failed_delta_cannot_start_and_can_be_repeated",
+        f"{DELTA}::test_half_done_directory_is_moved_aside_without_delta",
+    ),
+    _mutation(
+        "pg_control stays after a failure at the very end",
+        "restore",
+        "                if os.path.exists(path):\n",
+        "                if False:\n",
+        f"{DELTA}::test_settings_that_have_no_effect_leave_a_directory_that_does_not_start",
+    ),
+    _mutation(
+        "a tablespace that is created later finds the files of the future",
+        "delta",
+        "                    shutil.rmtree(os.path.join(target, name))\n",
+        "                    pass\n",
+        f"{DELTA}::test_tablespaces_are_changed_in_place",
+    ),
+    _mutation(
+        "another version's directory in a tablespace is cleared",
+        "delta",
+        'return re.compile(rf"PG_{major}_\\d+")',
+        'return re.compile(r"PG_.*")',
+        f"{DELTA}::test_tablespaces_are_changed_in_place",
+    ),
+    _mutation(
+        "a running server's tablespace is written to",
+        "planning",
+        "        if used is not None:\n",
+        "        if False:\n",
+        f"{DELTA}::test_tablespace_that_a_running_server_uses_is_refused",
+    ),
+    _mutation(
+        "a tablespace goes where somebody else's files are",
+        "planning",
+        "own = {location for oid, location in locations.items() if linked.get(oid) == location}",
+        "own = set(locations.values())",
+        f"{DELTA}::test_tablespace_that_moves_keeps_its_old_files_and_wants_an_empty_place",
+    ),
+    _mutation(
+        "a delta restore begins with an incremental backup",
+        "planning",
+        '        if len(result.chain) > 1:\n            message = f"{result.backup.label} is an',
+        '        if False:\n            message = f"{result.backup.label} is an',
+        f"{DELTA}::test_incremental_backup_is_refused",
+    ),
+    _mutation(
+        "a half-done delta is removed like a half-done restore",
+        "planning",
+        "if half_done_delta(killed) and not (self._request.delta or self._request.force):",
+        "if False:",
+        f"{DELTA}::test_failed_delta_cannot_start_and_can_be_repeated",
+    ),
+    _mutation(
+        "a half-done delta is removed by a restore without delta",
+        "restore",
+        "if killed is None or half_done_delta(killed):",
+        "if killed is None:",
+        f"{DELTA}::test_half_done_directory_is_moved_aside_without_delta",
+    ),
+    _mutation(
+        "a server that has started meanwhile is overwritten",
+        "restore",
+        '            if pid is not None:\n                raise PitrError(\n                    f"A server was started',
+        '            if False:\n                raise PitrError(\n                    f"A server was started',
+        f"{DELTA}::test_server_that_starts_after_the_plan_is_refused",
+    ),
+    _mutation(
+        "two delta restores write at the same time",
+        "delta",
+        "            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "            pass\n",
+        f"{DELTA}::test_two_at_a_time_are_refused",
     ),
     # --- recovery settings
     _mutation(
