@@ -204,7 +204,7 @@ def test_rules_that_were_replaced_during_the_recovery_are_noticed_and_kept(guard
     server = guarded.start(cluster)
     replaced = guarded.hba + "# Written by somebody else.\n"
     (server.data / "pg_hba.conf").write_text(replaced, encoding="utf-8")
-    with pytest.raises(PitrError, match="Ordinary users are not kept out .* was replaced since"):
+    with pytest.raises(PitrError, match=r"Ordinary users are not kept out .* was replaced since"):
         cluster.wait()
     cluster.recovery.promote(60)
     cluster.recovery.accept()
@@ -318,11 +318,12 @@ def test_line_that_is_none_is_refused(guarded: Guarded, tmp_path: Path) -> None:
     ("own", "method"),
     [
         ("local all all trust\n", "trust"),
-        ("# local all postgres trust\nlocal all postgres peer map=admins # whoever\nlocal all all md5\n", "peer map=admins"),
+        ("# local all postgres trust\nlocal all postgres peer map=a # who\nlocal all all md5\n", "peer map=a"),
         ('local "all" all md5\nlocal all "postgres" scram-sha-256\n', "scram-sha-256"),
         ("local postgres,app postgres,app md5\n", "md5"),
         ("local all \\\n  postgres \\\n  md5\n", "md5"),
-        ("local replication all trust\nhost all all all trust\nlocal all postgresql trust\nlocal all +postgres trust\n", "peer"),
+        ("local replication all trust\nhost all all all trust\nlocal all other trust\n", "peer"),
+        ("local all +postgres trust\n", "peer"),
         ("local all postgres reject\nlocal all all trust\n", "peer"),
         ("", "peer"),
     ],
