@@ -55,6 +55,9 @@ def problem(hba_file: str, places: Sequence[str]) -> str:
         return f"hba_file is {hba_file}, which is neither in the data directory nor in the configuration's"
     if not os.path.isfile(real):
         return f"{hba_file} does not exist"
+    # Who does not own a file may give it another name only when he may read and write it (fs.protected_hardlinks).
+    if os.stat(real).st_uid != os.geteuid() and not os.access(real, os.R_OK | os.W_OK):
+        return f"{hba_file} belongs to another user"
     if not os.access(os.path.dirname(real), os.W_OK):
         return f"{os.path.dirname(real)} cannot be written by this user"
     return ""

@@ -41,15 +41,17 @@ class Refusal:
 
 
 class RefusedError(PitrError):
-    """A restore was refused before anything was touched; ``refusals`` has every reason."""
+    """A restore was refused before anything was touched; ``refusals`` has every reason, ``intro`` says what is so."""
 
-    def __init__(self, refusals: Sequence[Refusal]) -> None:
+    def __init__(
+        self, refusals: Sequence[Refusal], intro: str = "The restore is refused; nothing was touched."
+    ) -> None:
         self.refusals = tuple(refusals)
         lines = [
             f"[{item.code}] {item.message}" + (f" {item.nearest}" if item.nearest else "") for item in self.refusals
         ]
         super().__init__(
-            "The restore is refused; nothing was touched. " + " ".join(lines),
+            f"{intro} " + " ".join(lines),
             refusals=[item.to_dict() for item in self.refusals],
         )
 
@@ -83,6 +85,9 @@ class RestorePlan:
     notes: tuple[str, ...] = ()
     from_receiver: tuple[str, ...] = ()
     at_least: Lsn | None = None
+    # Where the target is in the WAL, when that is known: the LSN itself, or the start of the transaction's end or the
+    # restore point.
+    target_lsn: Lsn | None = None
     # What the restored directory is made of: the full backup first, ``backup`` last.
     chain: tuple[Backup, ...] = ()
     # Whether the directory that is there is changed in place (delta.py) instead of being moved aside.
@@ -119,6 +124,7 @@ class RestorePlan:
             "in_place": self.in_place,
             "from_receiver": list(self.from_receiver),
             "at_least": str(self.at_least) if self.at_least is not None else None,
+            "target_lsn": str(self.target_lsn) if self.target_lsn is not None else None,
             "notes": list(self.notes),
         }
 
@@ -414,6 +420,7 @@ def _with_wal(
         segments=last - first + 1,
         wal_bytes=(last - first + 1) * size,
         end_lsn=target.lsn if target.lsn is not None else Lsn((last + 1) * size),
+        target_lsn=target.lsn if location is None else location.lsn,
         notes=tuple(notes),
     )
 

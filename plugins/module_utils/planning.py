@@ -333,7 +333,7 @@ class Planner:
             self._check_keep_out()
 
     def _check_keep_out(self) -> None:
-        """Can ordinary users be kept out? What is in the data directory comes with the backup; only its place counts."""
+        """Can ordinary users be kept out? Of a file in the data directory only the place counts: the backup has it."""
         request = self._request
         try:
             keep_out.rules("", request.inspect_user, request.inspect_hba)

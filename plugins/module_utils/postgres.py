@@ -114,7 +114,9 @@ class Login:
             yield environment
 
 
-def query(connection: Any, sql: str, parameters: Sequence[object] | None = None) -> list[tuple[Any, ...]]:
+def query(
+    connection: Any, sql: str, parameters: Sequence[object] | Mapping[str, object] | None = None
+) -> list[tuple[Any, ...]]:
     """Rows of one statement. Raises PitrError with the server's words."""
     import psycopg2
 

@@ -33,6 +33,8 @@ LOOK = 0.01
 SIGNALS = ("recovery.signal", "standby.signal")
 # Settings of the include file that a reload takes away; the others keep their source until the server is started anew.
 _RELOADED = " AND context <> 'postmaster'"
+# Settings of a target that have a value without one, too.
+_ALWAYS = ("recovery_target_action", "recovery_target_inclusive", "recovery_target_timeline")
 _OURS = (f"%/{recovery_conf.FILE}",)
 _NOT_RESTARTED = (
     "The target of the recovery in {pgdata} was moved to {target}, and the server still stands at its old one. Start it"
@@ -258,11 +260,7 @@ class Recovery:
             places.check_server(connection, self.planned())
             names = tuple(FLOORS)
             rows = query(connection, "SELECT name, setting::int FROM pg_settings WHERE name IN %s", (names,))
-            running = dict(
-                query(connection, "SELECT name, setting FROM pg_settings WHERE name LIKE 'recovery\\_target%%'", ())
-            )
-        planned = recovery_conf.settings(self._config_dir)
-        if any(running.get(name, value) != value for name, value in planned.items()):
+        if self.behind():
             raise PitrError(_NOT_RESTARTED.format(pgdata=self._pgdata, target=self.planned().get("target")))
         # Replay raises pg_control's values with those of the primary and pauses when the server's own are lower.
         floors = control_data(self._bin_dir, self._pgdata).floors
@@ -374,6 +372,15 @@ class Recovery:
             query(connection, "SELECT pg_wal_replay_resume()")
         return True
 
+    def behind(self) -> bool:
+        """Whether the running server has another target than the one that is written down for its next start."""
+        with contextlib.closing(self._login.connect()) as connection:
+            rows = query(connection, "SELECT name, setting FROM pg_settings WHERE name LIKE 'recovery\\_target%%'", ())
+        planned = recovery_conf.settings(self._config_dir)
+        return bool(planned) and any(
+            planned.get(name, value if name in _ALWAYS else "") != value for name, value in rows
+        )
+
     def go_on(self, timeout: float) -> str:
         """Resume a paused recovery and tell what that did: empty (it was not paused), ``continued`` or ``promoted``.
 
@@ -417,8 +424,8 @@ class Recovery:
             )
             if wrong:
                 raise PitrError(
-                    f"{hba_file}, line {wrong[0][0]}: {wrong[0][1]}. The cluster is not accepted, and ordinary users are"
-                    " still out, since the server has not read the file. Correct it, and accept the cluster again."
+                    f"{hba_file}, line {wrong[0][0]}: {wrong[0][1]}. The cluster is not accepted, and ordinary users"
+                    " are still out, since the server has not read the file. Correct it, and accept the cluster again."
                 )
             # Killed between the files and the server: there is nothing left to do but to let it read them.
             loaded = query(connection, "SELECT count(*) FROM pg_settings WHERE sourcefile LIKE %s" + _RELOADED, _OURS)

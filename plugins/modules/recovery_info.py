@@ -49,10 +49,25 @@ EXAMPLES = r"""
 
 RETURN = r"""
 recovery:
-  description: The progress. C(state) is stopped, starting, replaying, paused or promoted.
+  description:
+    - The progress. C(state) is restoring, stopped, starting, replaying, paused or promoted.
+    - C(lsn) is the end of what was replayed; as long as the server lets nobody in, the beginning of the segment that it
+      works on. C(end_lsn) is where the target is, or at the latest will have been, when the plan has found no more.
+      C(distance_bytes) is the way between them, C(percent) and C(remaining_seconds) are reckoned from it, and
+      C(bytes_per_second) since the server was started. What is not known is null or empty.
   returned: success
   type: dict
-  sample: {"state": "replaying", "lsn": "0/5000000", "end_lsn": "0/8000000", "percent": 50.0, "remaining_seconds": 12.5}
+  sample:
+    state: replaying
+    lsn: 0/5000000
+    end_lsn: 0/8000000
+    percent: 50.0
+    remaining_seconds: 12.5
+    timeline: 1
+    distance_bytes: 50331648
+    bytes_per_second: 4026531
+    last_transaction_time: "2026-03-01T14:21:03.512311+00:00"
+    target: time 2026-03-01 13:29:59.000000+00:00
 plan:
   description: The restore's plan while its recovery is not accepted; empty otherwise.
   returned: success

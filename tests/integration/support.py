@@ -37,6 +37,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import (
     binary_version,
     control_data,
     query,
+    running_pid,
     shell_command,
 )
 from ansible_collections.pgdrill.pitr.plugins.module_utils.probe import Archived, Probe
@@ -124,7 +125,11 @@ class Server:
         ).returncode
         assert code == 0, f"{self.data} does not start:\n{self.log_text()[-3000:]}"
         # Without -w pg_ctl returns before the server has taken the directory.
-        until(lambda: wait or "starting PostgreSQL" in self.log_text()[logged:], "the server's first line")
+        until(
+            # With a logging collector the line goes elsewhere.
+            lambda: wait or "starting PostgreSQL" in self.log_text()[logged:] or running_pid(str(self.data)),
+            "the server",
+        )
 
     def stop(self, mode: str = "fast") -> None:
         if (self.data / "postmaster.pid").exists():

@@ -27,6 +27,9 @@ PARTIAL = "tests/integration/test_receiver_partial.py"
 ENCRYPTION = "tests/integration/test_encryption.py"
 INCREMENTAL = "tests/integration/test_incremental.py"
 CRYPT = "tests/unit/test_encryption.py"
+KEEP_OUT = "tests/integration/test_keep_out.py"
+MOVES = "tests/integration/test_recovery_moves.py"
+COLLATIONS = "tests/integration/test_collations.py"
 
 
 @dataclass(frozen=True)
@@ -1339,7 +1342,7 @@ MUTATIONS = (
     # --- recovery: where did it stop?
     _mutation(
         "where a recovery stopped is not compared with what was planned",
-        "recovery",
+        "reached",
         'return "" if fits else f"asked for',
         'return "" if True else f"asked for',
         "tests/unit/test_recovery.py::test_value_and_side_of_the_stop_are_compared",
@@ -1355,7 +1358,7 @@ MUTATIONS = (
     ),
     _mutation(
         "an earlier start's log is proof",
-        "recovery",
+        "reached",
         "        elif _STARTED in line:\n",
         "        elif False:\n",
         "tests/unit/test_recovery.py::test_log_of_an_earlier_start_proves_nothing",
@@ -1373,6 +1376,180 @@ MUTATIONS = (
         'if action == "shutdown" and data.state == "shut down in recovery":',
         "if True:",
         "tests/unit/test_recovery.py::test_server_that_died_is_an_error_with_its_last_words",
+    ),
+    # --- keeping ordinary users out
+    _mutation(
+        "ordinary users come in before the cluster is accepted",
+        "restore",
+        "        keep_out.shut(hba_file, request.inspect_user, request.inspect_hba)\n",
+        "        pass\n",
+        f"{KEEP_OUT}::test_rules_that_were_replaced_during_the_recovery_are_noticed_and_kept",
+        f"{KEEP_OUT}::test_ordinary_users_come_in_when_the_cluster_is_accepted_and_not_before",
+    ),
+    _mutation(
+        "users come in from another host",
+        "keep_out",
+        '"local all all reject", "host all all all reject"]',
+        '"local all all reject", "host all all all scram-sha-256"]',
+        f"{KEEP_OUT}::test_ordinary_users_come_in_when_the_cluster_is_accepted_and_not_before",
+    ),
+    _mutation(
+        "nobody is let in when the cluster is accepted",
+        "keep_out",
+        "    os.rename(kept, real)\n",
+        "    pass\n",
+        f"{KEEP_OUT}::test_ordinary_users_come_in_when_the_cluster_is_accepted_and_not_before",
+    ),
+    _mutation(
+        "a failure or an undo leaves the rules outside the data directory",
+        "recovery_conf",
+        "    with contextlib.suppress(PitrError):\n        _let_in(config_dir)\n",
+        "",
+        f"{KEEP_OUT}::test_own_hba_file_elsewhere_is_back_after_acceptance_undo_and_failure",
+    ),
+    _mutation(
+        "a second restore takes our rules for the cluster's own",
+        "keep_out",
+        "    kept = kept_file(real)\n    if not kept:\n        kept = real",
+        '    kept = ""\n    if not kept:\n        kept = real',
+        f"{KEEP_OUT}::test_own_hba_file_elsewhere_is_back_after_acceptance_undo_and_failure",
+    ),
+    _mutation(
+        "the rules of another server are exchanged",
+        "planning",
+        "        if why and not within:\n",
+        "        if False:\n",
+        f"{KEEP_OUT}::test_hba_file_that_may_be_somebody_elses_is_refused_and_nothing_is_touched",
+    ),
+    _mutation(
+        "a line that is no rule is written",
+        "keep_out",
+        '        if (line.split(None, 1) or [""])[0] not in _TYPES or "\\n" in line:\n',
+        "        if False:\n",
+        f"{KEEP_OUT}::test_line_that_is_none_is_refused",
+    ),
+    _mutation(
+        "whether users are kept out is not looked at",
+        "recovery",
+        "                self._check_kept_out()\n",
+        "",
+        f"{KEEP_OUT}::test_rules_that_were_replaced_during_the_recovery_are_noticed_and_kept",
+        f"{KEEP_OUT}::test_another_file_on_the_command_line_is_noticed",
+    ),
+    _mutation(
+        "a task that is not let in waits for its timeout",
+        "recovery",
+        "            if self._rejected:\n",
+        "            if False:\n",
+        f"{KEEP_OUT}::test_task_that_is_not_let_in_says_so_at_once",
+    ),
+    _mutation(
+        "rules that cannot be read are accepted",
+        "recovery",
+        '            if wrong:\n                raise PitrError(\n                    f"{hba_file}, line',
+        '            if False:\n                raise PitrError(\n                    f"{hba_file}, line',
+        f"{KEEP_OUT}::test_rules_that_the_server_cannot_read_are_named_and_nobody_comes_in",
+    ),
+    _mutation(
+        "an acceptance that was killed before the reload is never ended",
+        "recovery",
+        " and not let_in and not loaded[0][0]:\n",
+        ":\n",
+        f"{KEEP_OUT}::test_acceptance_that_was_killed_is_repeated[before the reload]",
+    ),
+    _mutation(
+        "a signal file survives the acceptance unnoticed",
+        "recovery",
+        "        found += [name for name in SIGNALS if os.path.lexists(os.path.join(self._pgdata, name))]\n",
+        "",
+        f"{KEEP_OUT}::test_signal_file_that_is_left_is_named",
+    ),
+    # --- moving the target on
+    _mutation(
+        "a target behind the recovery is tried",
+        "moves",
+        '        if lsn > position or (lsn == position and not (target.kind == "lsn" and not target.inclusive)):\n',
+        "        if True:\n",
+        f"{MOVES}::test_restore_point_of_the_same_name_before_the_position_is_refused",
+        f"{MOVES}::test_target_behind_the_recovery_is_refused_with_its_position[lsn that is the position, exclusive]",
+    ),
+    _mutation(
+        "a consistent recovery is moved to its consistency",
+        "moves",
+        '        if target.kind == "immediate":\n',
+        "        if False:\n",
+        f"{MOVES}::test_target_behind_the_recovery_is_refused_with_its_position[immediate]",
+    ),
+    _mutation(
+        "a recovery is moved to another branch",
+        "moves",
+        "            if not index.tree.contains(timeline, here.timeline, position):\n",
+        "            if False:\n",
+        f"{MOVES}::test_recovery_moves_to_a_later_timeline_that_leads_on_from_where_it_stands_and_to_no_other",
+    ),
+    _mutation(
+        "a recovery that goes on meanwhile is moved",
+        "moves",
+        '        if progress.state != "stopped":\n            message',
+        "        if False:\n            message",
+        f"{MOVES}::test_only_a_recovery_that_stands_still_is_moved",
+    ),
+    _mutation(
+        "a promoted server is moved",
+        "moves",
+        '        if progress.state == "promoted":\n',
+        "        if False:\n",
+        f"{MOVES}::test_only_a_recovery_that_stands_still_is_moved",
+    ),
+    _mutation(
+        "a cluster that never began to recover is moved",
+        "moves",
+        '        if control.state not in ("in archive recovery", "shut down in recovery"):\n',
+        "        if False:\n",
+        f"{MOVES}::test_only_a_recovery_that_stands_still_is_moved",
+    ),
+    _mutation(
+        "settings that the primary raised stay low after a move",
+        "moves",
+        "            if raised:\n",
+        "            raised = {}\n            if raised:\n",
+        f"{MOVES}::test_settings_that_the_primary_has_raised_are_raised_with_the_move",
+    ),
+    _mutation(
+        "a server at its old target is taken for one at its new",
+        "recovery",
+        "        if self.behind():\n",
+        "        if False:\n",
+        f"{MOVES}::test_server_that_was_not_started_again_is_not_taken_for_one_at_its_new_target",
+    ),
+    # --- proof of a pause
+    _mutation(
+        "words of a statement in the log are proof",
+        "serverlog",
+        "        if _message(data, found, kind).startswith(beginning):\n",
+        "        if True:\n",
+        f"{MOVES}::test_words_of_a_statement_in_the_log_are_no_proof",
+    ),
+    _mutation(
+        "a stop of an earlier run is proof",
+        "serverlog",
+        "stopped = _last(data, STOPPING, kind, max(started, 0), len(data))",
+        "stopped = _last(data, STOPPING, kind, 0, len(data))",
+        "tests/unit/test_serverlog.py::test_log_of_an_earlier_run_is_no_proof",
+    ),
+    _mutation(
+        "any position is proof",
+        "reached",
+        'return f"after the record at LSN {found} {told}" if position > found else ""',
+        'return f"after the record at LSN {found} {told}"',
+        f"{MOVES}::test_somebodys_pause_before_the_target_is_not_proven_by_its_position",
+    ),
+    _mutation(
+        "indexes with the database's own collation are not told",
+        "collations",
+        "    if recorded is not None and recorded != actual:\n",
+        "    if False:\n",
+        f"{COLLATIONS}::test_mismatch_of_a_database_and_of_a_collation_is_told_with_the_indexes",
     ),
     # --- probe
     _mutation(
@@ -1566,7 +1743,7 @@ MUTATIONS = (
     ),
     _mutation(
         "a recovery that stops before the receiver's last record is believed",
-        "recovery",
+        "reached",
         'begin = Lsn.parse(str(planned["at_least"])) if planned.get("at_least") else _last_segment(planned)',
         "begin = _last_segment(planned)",
         "tests/unit/test_recovery.py::test_recovery_that_ends_before_the_receivers_last_record_is_no_success",
