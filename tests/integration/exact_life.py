@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -172,6 +173,9 @@ class Life:
         finally:
             for server in self._servers:
                 server.close()
+        # Neither is needed any more, and a tablespace's own place has to be free.
+        for place in (self._directory / "life").glob("far?*"):
+            shutil.rmtree(place)
         self._keep()
 
     # --- the phases

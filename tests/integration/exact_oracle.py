@@ -80,9 +80,11 @@ class Event:
 class Stop:
     """``record``: the one at which replay stops, None at the end of WAL; ``applied``: whether it is replayed.
 
-    ``may_refuse``: a careful engine may say that this backup is too young, though PostgreSQL would do it.
+    ``backup``: the label it begins with. ``may_refuse``: a careful engine may say that this backup is too young, though
+    PostgreSQL would do it.
     """
 
+    backup: str
     record: Record | None
     applied: bool
     world: World
@@ -151,15 +153,12 @@ class Oracle:
         number = self.number(timeline, backup)
         if backup != "auto":
             return self._from(self.backups[backup], options, number)
-        outcomes = [
-            self._from(candidate, options, number)
-            for candidate in sorted(self.backups.values(), key=lambda item: item.stopped_at, reverse=True)
-        ]
+        newest_first = sorted(self.backups.values(), key=lambda item: item.stopped_at, reverse=True)
+        outcomes = [self._from(candidate, options, number) for candidate in newest_first]
         stops = [outcome for outcome in outcomes if isinstance(outcome, Stop)]
         if stops:
-            # An older backup has the same past: only what the newest alone can do may be refused.
-            sure = [stop for stop in stops if not stop.may_refuse]
-            return sure[0] if sure else stops[0]
+            # The newest that will do without doubt; if there is none, a careful engine may refuse.
+            return next((stop for stop in stops if not stop.may_refuse), stops[0])
         # The oldest one has the most to say.
         told = [outcome for outcome in outcomes if isinstance(outcome, Refused) and outcome is not NO_BACKUP]
         return told[-1] if told else NO_BACKUP
@@ -176,9 +175,10 @@ class Oracle:
         replayed = records[-1] if at is None else at if applied else records[max(records.index(at) - 1, 0)]
         if replayed.lsn < end.lsn:
             return TOO_EARLY
-        when = options.get("recovery_target_time")
+        when, lsn = options.get("recovery_target_time"), options.get("recovery_target_lsn")
         careful = when is not None and datetime.datetime.fromisoformat(when) < backup.stopped_at
-        return Stop(at, applied, self.world(path, replayed), replayed, reason, careful)
+        careful = careful or (lsn is not None and _parse_lsn(lsn) < backup.stop_lsn)
+        return Stop(backup.label, at, applied, self.world(path, replayed), replayed, reason, careful)
 
     def world(self, path: Sequence[Record], replayed: Record) -> World:
         """What is there when the last replayed record is this one."""
@@ -191,7 +191,14 @@ class Oracle:
         raise AssertionError(f"{replayed} is not on the path")
 
 
-def _stop(records: Sequence[Record], options: Mapping[str, Any], end: Record) -> tuple[Record | None, bool, str] | Refused:
+def _parse_lsn(text: str) -> int:
+    high, low = text.split("/")
+    return int(high, 16) << 32 | int(low, 16)
+
+
+def _stop(
+    records: Sequence[Record], options: Mapping[str, Any], end: Record
+) -> tuple[Record | None, bool, str] | Refused:
     """The record at which recovery stops, whether it is replayed, and the beginning of PostgreSQL's reason."""
     inclusive = options.get("recovery_target_inclusive", True)
     side = "after" if inclusive else "before"
@@ -206,8 +213,7 @@ def _stop(records: Sequence[Record], options: Mapping[str, Any], end: Record) ->
         found = next((r for r in records if r.kind == "XLOG" and r.text == f"RESTORE_POINT {name}"), None)
         return (found, True, f'at restore point "{name}"') if found else NOT_THERE
     if "recovery_target_lsn" in options:
-        high, low = options["recovery_target_lsn"].split("/")
-        lsn = int(high, 16) << 32 | int(low, 16)
+        lsn = _parse_lsn(options["recovery_target_lsn"])
         found = next((record for record in records if record.lsn >= lsn), None)
         if found is None:
             return TOO_LATE
