@@ -23,6 +23,7 @@ from .catalog import broken_chains
 from .encryption import LockedError, by_recipients, check_identity, recipients_id, try_identity
 from .errors import PitrError
 from .index import ArchiveIndex, scan
+from .lastrecord import check_lsn
 from .plan import (
     Location,
     Refusal,
@@ -81,8 +82,8 @@ class Planner:
                 self._look_at_tail(target, backups, index)
                 location, last_commit = self._locate(target, backups, index, damaged)
                 result = plan(backups, index, target, self._request.backup, damaged, location, last_commit)
-                self._check_lsn(result, index)
                 result = self._with_tail(result, index)
+                check_lsn(result, index, self._scanner(index))
                 self._check_host(result)
                 self._check_keys(result, index)
             except RefusedError as error:
@@ -186,24 +187,6 @@ class Planner:
                 return found, None
             until = backup.stop_lsn.segment_number(index.segment_size)
         return None, None
-
-    def _check_lsn(self, result: RestorePlan, index: ArchiveIndex) -> None:
-        """Does a record begin at the target's LSN or behind it? Recovery stops only at records.
-
-        The archive's last segment is filled up to its end, most of it with nothing (pg_switch_wal), and a recovery that
-        comes to the end of WAL before its target stops with FATAL. The receiver's segments are looked at by _with_tail.
-        """
-        lsn = result.target.lsn
-        if lsn is None or (self._request.use_partial and self.tail is not None and self.tail.names):
-            return
-        last, _count, missing = reachable_end(result.backup, index, result.timeline)
-        if missing:
-            last = min(number for _tli, number in missing) - 1
-        record = self._scanner(index).last_record(list(result.spans), last)
-        if record is None or record.lsn < lsn:
-            message = f"The target {result.target} lies after the last record in the archive."
-            nearest = f"That one begins at LSN {record.lsn}; 'latest' restores everything." if record else ""
-            raise RefusedError([Refusal("target_beyond_archive", message, nearest)])
 
     def _scanner(self, index: ArchiveIndex) -> WalScanner:
         return WalScanner(self.folder, self.chapter, index, self._request.bin_dir, self.tail)

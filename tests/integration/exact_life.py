@@ -51,7 +51,8 @@ KINDS_OF_RECORD = {
 SCRIPT: dict[int, dict[str, str]] = {
     1: {
         "born": "step", "object": "step",
-        "plain": "step", "undone within": "abort", "subtransactions": "step", "tick 1": "commit", "tick 2": "commit", "ticks": "step",
+        "plain": "step", "undone within": "abort", "subtransactions": "step",
+        "tick 1": "commit", "tick 2": "commit", "ticks": "step",
         "rolled back": "abort", "other zone": "step",
         "database": "commit", "tablespace": "commit", "far table": "step", "unlogged table": "step",
         "pending prepared": "prepare", "doomed prepared": "prepare", "prepared": "step",
@@ -72,25 +73,27 @@ SCRIPT: dict[int, dict[str, str]] = {
         "only subtransactions": "step", "end of 3": "step",
     },
 }  # fmt: skip
-POINTS = ("one", "two", "stale", "three", "four")
-# Restore points whose names are used again.
+# Where backups are taken, each with the one before it in the same past.
+POINTS = {"one": "", "two": "one", "stale": "two", "three": "two", "four": "three"}
+# A restore point whose name is used again.
 TWICE = "used twice"
 
 
 @dataclass(frozen=True)
 class BackupKind:
-    """A kind of backup. ``take(sandbox, label, previous)`` takes one; ``previous`` is the full one of that point."""
+    """A kind of backup, since ``oldest``. ``take(sandbox, label, parent)`` takes one.
 
-    take: Callable[[Sandbox, str, Backup | None], Backup]
+    ``parent`` is the label of the backup of this kind at the point before, at the first point that of the full one.
+    """
+
+    take: Callable[[Sandbox, str, str], Backup]
     oldest: int = 15
     settings: tuple[tuple[str, str], ...] = ()
 
 
-# One is taken of each kind at each of POINTS, the full one first. To switch a kind on, add its line:
-#   "incremental": BackupKind(lambda s, label, full: s.backup(label, type="incremental"), 17, (("summarize_wal", "on"),)),
-#   "low_level": BackupKind(lambda s, label, full: s.backup(label, method="low_level")),
+# One of each kind is taken at each of POINTS, the full one first. A further kind is one more line here.
 BACKUP_KINDS: dict[str, BackupKind] = {
-    "full": BackupKind(lambda sandbox, label, full: sandbox.backup(label)),
+    "full": BackupKind(lambda sandbox, label, parent: sandbox.backup(label)),
 }
 
 
@@ -321,15 +324,13 @@ class Life:
 
     def _backup(self, point: str, during: Sequence[str] = ()) -> None:
         """One of each kind, the full one under the load of the phases ``during``."""
-        full: Backup | None = None
         for name, kind in self._kinds.items():
             label = label_of(point, name)
-            if full is None and during:
-                backup = self._under_load(label, during)
-            else:
-                backup = kind.take(self._sandbox, label, full)
-            full = full or backup
-            self._backups[label] = backup
+            parent = label_of(POINTS[point], name) if POINTS[point] else point
+            loaded = during and name == "full"
+            self._backups[label] = (
+                self._under_load(label, during) if loaded else kind.take(self._sandbox, label, parent)
+            )
 
     def _under_load(self, label: str, during: Sequence[str]) -> Backup:
         problems: list[BaseException] = []

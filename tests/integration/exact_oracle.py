@@ -52,8 +52,9 @@ def parse_record(line: str, timeline: int) -> Record | None:
 
 @dataclass(frozen=True)
 class World:
-    """What a cluster holds. ``databases``: name to the phase in which it was copied; of ``invalid`` ones a DROP DATABASE
-    has begun. ``scratch``: rows of a table that is unlogged (none survive a recovery), or -1 when it is not there.
+    """What a cluster holds. ``databases``: name to the phase in which it was copied; ``invalid``: those that a DROP
+    DATABASE has begun with. ``scratch``: rows of a table that is unlogged at first (none survive a recovery);
+    ``far_rows``: those of a table in the tablespace; -1 when the table is not there.
     """
 
     phase: str = ""

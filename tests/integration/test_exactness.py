@@ -149,7 +149,7 @@ def _of_events() -> Iterator[Case]:
                 continue
             targets = _targets_of(number, name, kind)
             for what, make in targets:
-                for timeline in (str(number), "latest"):
+                for timeline in (str(number), "latest") if number < max(SCRIPT) else ("latest",):
                     yield _case(f"{name}: {what}", make, timeline, "auto", name, what)
             for label in _labels():
                 turn += 1
@@ -188,11 +188,13 @@ def _special() -> Iterator[Case]:
             for shift in (-1, 0, 1):
                 for timeline in ("1", "2", "3", "latest"):
                     what = f"{shift:+d} at the switch to {number}, {side}"
-                    yield _case(what, _switch(number, shift, more), timeline, "auto", f"switch {shift:+d}, {side}")
+                    yield _case(
+                        what, _switch(number, shift, more), timeline, "auto", f"switch {shift:+d}", f"switch {side}"
+                    )
         for number in SCRIPT:
             for shift in (0, 1):
                 what = f"{shift:+d} at the last record of {number}, {side}"
-                yield _case(what, _end(number, shift, more), str(number), "auto", f"last record {shift:+d}, {side}")
+                yield _case(what, _end(number, shift, more), str(number), "auto", f"last record {shift:+d}")
     for label in _labels():
         for what in ("start_lsn", "end record", "stop_lsn", "started_at", "stopped_at"):
             for shift in (-1, 0):
@@ -201,7 +203,7 @@ def _special() -> Iterator[Case]:
                         make = _bound(label, what, shift, more)
                         timeline = "current" if backup == label else "latest" if label != "stale" else "1"
                         name = f"{shift:+d} at {what} of {label}, {side}"
-                        yield _case(name, make, timeline, backup, f"{what} {shift:+d}")
+                        yield _case(name, make, timeline, backup, f"bound {what}")
     for label in (*_labels(), "auto"):
         for timeline in ("1", "2", "3", "latest", "current"):
             if (label, timeline) == ("auto", "current"):
