@@ -296,7 +296,7 @@ def test_lsn_behind_the_last_record_of_the_archive_is_refused(
     # Behind the record that has switched WAL nothing begins, though the segment goes on.
     program = history.sandbox.server.program
     segment = history.data / "pg_wal" / history.storage.segments()[-1].name[:24]
-    shown = program("pg_waldump", "--quiet", str(segment)).stdout.splitlines()
+    shown = program("pg_waldump", str(segment)).stdout.splitlines()
     last = Lsn.parse(shown[-1].split("lsn: ")[1].split(",")[0])
     for more in ({}, {"recovery_target_inclusive": False}):
         with refused(nowhere, history.storage, "target_beyond_archive") as messages:
