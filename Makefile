@@ -1,5 +1,5 @@
 # The front door. The work is done by tools/sandbox.py; it installs what it needs into .sandbox, and nothing else.
-#   PG=18        PostgreSQL's major version: 15, 16, 17 or 18; for `make test` also `all`
+#   PG=18        PostgreSQL's major version: 15, 16, 17 or 18; for `make test` and the like also `all`
 #   PYTHON=…     the Python (3.11 to 3.13) to build the sandbox on; by default the first one that fits
 #   ARGS='…'     more arguments for ansible-playbook (drill), pytest (test), ansible-test (sanity), ansible-lint (lint);
 #                names of mutations, or parts of them (mutation)
@@ -13,13 +13,13 @@ SANDBOX = exec "$$(command -v python3 || echo "$${PYTHON:-python3}")" tools/sand
 IN_VENV = $(SANDBOX) run --test --
 
 .DEFAULT_GOAL := help
-.PHONY: help setup drill test kill-test mutation lint sanity typecheck check-specs docs build install-check
+.PHONY: help setup drill test kill-test exactness mutation lint sanity typecheck check-specs docs build install-check
 .PHONY: bench bench-archive bench-wal bench-incremental bench-restore stop clean ledger
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "  PG=15|16|17|18 (test, kill-test: all)   PYTHON=/path/to/python3.12   ARGS='-e drill_scenarios=[latest]'"
+	@echo "  PG=15|16|17|18 (test, kill-test, exactness: all)   PYTHON=/path/to/python3.12   ARGS='-e drill_scenarios=[latest]'"
 
 setup: ## install Ansible and PostgreSQL into .sandbox (the others do it by themselves)
 	@$(SANDBOX) setup --pg '$(PG)'
@@ -34,6 +34,10 @@ kill-test: export PGDRILL_TEST_KILLS = $(KILLS)
 kill-test: export PGDRILL_TEST_RESTORE_KILLS = 60
 kill-test: ## kill -9 of everything that archives and restores, KILLS times under load, then a restore; `test` kills less
 	@$(SANDBOX) test --pg '$(PG)' tests/integration/test_kill_loops.py tests/integration/test_restore_kills.py -s -n 0 $(ARGS)
+
+exactness: export PGDRILL_TEST_EXACT = all
+exactness: ## every kind of target at every boundary of a long life, two thousand restores; `test` runs a sample
+	@$(SANDBOX) test --pg '$(PG)' tests/integration/test_exactness.py -q $(ARGS)
 
 mutation: ## take away the engine's guards one by one: a test must notice each
 	@$(SANDBOX) mutation --pg '$(PG)' $(ARGS)

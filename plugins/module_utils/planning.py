@@ -23,6 +23,7 @@ from .catalog import Backup, broken_chains
 from .encryption import LockedError, by_recipients, check_identity, recipients_id, try_identity
 from .errors import PitrError
 from .index import ArchiveIndex, scan
+from .lastrecord import check_lsn
 from .plan import (
     Location,
     Refusal,
@@ -85,6 +86,7 @@ class Planner:
                 location, last_commit = self._locate(target, backups, index, damaged)
                 result = plan(backups, index, target, self._request.backup, damaged, location, last_commit)
                 result = self._with_tail(result, index)
+                check_lsn(result, index, self._scanner(index))
                 self._check_host(result)
                 self._check_keys(result, index)
             except RefusedError as error:

@@ -11,6 +11,7 @@ test; what breaks something works on a copy.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,15 @@ from ansible_collections.pgdrill.pitr.tests.integration.support import (
 )
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def pytest_configure() -> None:
+    """Before there are workers: all of them have to choose the same sample of test_exactness.py."""
+    os.environ.setdefault("PGDRILL_TEST_EXACT_SEED", str(random.SystemRandom().randrange(10**6)))
+
+
+def pytest_report_header() -> str:
+    return f"exactness: PGDRILL_TEST_EXACT_SEED={os.environ['PGDRILL_TEST_EXACT_SEED']}"
 
 
 @pytest.fixture(scope="session")

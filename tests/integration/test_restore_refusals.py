@@ -22,6 +22,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.target import format_
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import Lsn
 from ansible_collections.pgdrill.pitr.tests.integration.support import (
     SEGMENT_SIZE,
+    Restored,
     Server,
     Storage,
     cut,
@@ -287,6 +288,23 @@ def test_target_beyond_the_archive_is_refused(history: History, nowhere: Path) -
     # An exclusive stop before the last commit is possible.
     exclusive = {"recovery_target_time": format_time(last.time), "recovery_target_inclusive": False}
     assert history.storage.plan(nowhere, exclusive).backup.label == "third"
+
+
+def test_lsn_behind_the_last_record_of_the_archive_is_refused(
+    history: History, restored: Callable[..., Restored], nowhere: Path
+) -> None:
+    # Behind the record that has switched WAL nothing begins, though the segment goes on.
+    program = history.sandbox.server.program
+    segment = history.data / "pg_wal" / history.storage.segments()[-1].name[:24]
+    shown = program("pg_waldump", str(segment)).stdout.splitlines()
+    last = Lsn.parse(shown[-1].split("lsn: ")[1].split(",")[0])
+    for more in ({}, {"recovery_target_inclusive": False}):
+        with refused(nowhere, history.storage, "target_beyond_archive") as messages:
+            history.storage.plan(nowhere, {"recovery_target_lsn": str(Lsn(last + 1)), **more})
+        assert f"up to LSN {last}" in messages[0]
+    # That record itself can be waited for.
+    for more in ({}, {"recovery_target_inclusive": False}):
+        assert restored(history.storage, {"recovery_target_lsn": str(last), **more}).run().phase == "end"
 
 
 def test_transaction_that_is_not_in_the_archive_is_refused(history: History, nowhere: Path) -> None:

@@ -948,6 +948,20 @@ MUTATIONS = (
         f"{REFUSALS}::test_programs_of_another_major_version_are_refused",
     ),
     _mutation(
+        "an LSN behind the last record is found out by the recovery",
+        "lastrecord",
+        "if record is None or record.lsn < lsn:",
+        "if False:",
+        f"{REFUSALS}::test_lsn_behind_the_last_record_of_the_archive_is_refused",
+    ),
+    _mutation(
+        "an LSN target at the last record is refused",
+        "lastrecord",
+        "record.lsn < lsn:",
+        "record.lsn <= lsn:",
+        f"{REFUSALS}::test_lsn_behind_the_last_record_of_the_archive_is_refused",
+    ),
+    _mutation(
         "a missing pitr-wal is found out by the recovery",
         "planning",
         "if not os.access(request.wal_command, os.X_OK):",
