@@ -2,7 +2,7 @@
 #   PG=18        PostgreSQL's major version: 15, 16, 17 or 18; for `make test` and the like also `all`
 #   PYTHON=…     the Python (3.11 to 3.13) to build the sandbox on; by default the first one that fits
 #   ARGS='…'     more arguments for ansible-playbook (drill), pytest (test), ansible-test (sanity), ansible-lint (lint);
-#                names of mutations, or parts of them (mutation)
+#                names of mutations, or parts of them (mutation); scenarios, and before them a command (molecule)
 #   KILLS=…      how many processes `make kill-test` kills
 PG ?= 18
 ARGS ?=
@@ -13,8 +13,8 @@ SANDBOX = exec "$$(command -v python3 || echo "$${PYTHON:-python3}")" tools/sand
 IN_VENV = $(SANDBOX) run --test --
 
 .DEFAULT_GOAL := help
-.PHONY: help setup drill test kill-test exactness mutation lint sanity typecheck check-specs docs build install-check
-.PHONY: bench bench-archive bench-wal bench-incremental bench-restore stop clean ledger
+.PHONY: help setup drill test kill-test exactness mutation lint sanity typecheck molecule check-specs docs build
+.PHONY: install-check bench bench-archive bench-wal bench-incremental bench-restore stop clean ledger
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ exactness: ## every kind of target at every boundary of a long life, two thousan
 
 mutation: ## take away the engine's guards one by one: a test must notice each
 	@$(SANDBOX) mutation --pg '$(PG)' $(ARGS)
+
+molecule: ## the roles on real systemd hosts (containers of podman; root); ARGS='default'
+	@$(SANDBOX) molecule $(ARGS)
 
 lint: ## ansible-lint (production profile), ruff, shellcheck
 	@$(SANDBOX) lint $(ARGS)

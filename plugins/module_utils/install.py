@@ -70,13 +70,13 @@ def interpreter() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
-def _source(name: str) -> bytes:
+def source(name: str) -> bytes:
     """Source text of a sibling, wherever it was imported from: a directory, or the archive that Ansible sends."""
     module = importlib.import_module(f"{__package__}.{name}")
     loader: Any = module.__loader__
     # Python's own loaders give text, that of Ansible's collections gives bytes.
-    source: str | bytes = loader.get_source(module.__name__)
-    return source if isinstance(source, bytes) else source.encode()
+    text: str | bytes = loader.get_source(module.__name__)
+    return text if isinstance(text, bytes) else text.encode()
 
 
 def content(directory: str, cluster: str, settings: dict[str, Any], python: str) -> dict[str, tuple[bytes, int]]:
@@ -96,7 +96,7 @@ def content(directory: str, cluster: str, settings: dict[str, Any], python: str)
         absent=ABSENT,
     )
     # The shell script passes its own folder first, so that the command finds its settings from anywhere.
-    files = {os.path.join(library, PACKAGE, f"{name}.py"): (_source(name), 0o644) for name in FILES}
+    files = {os.path.join(library, PACKAGE, f"{name}.py"): (source(name), 0o644) for name in FILES}
     files[os.path.join(library, PACKAGE, "__init__.py")] = (b"", 0o644)
     files[os.path.join(library, "__main__.py")] = (_MAIN.encode(), 0o644)
     files[os.path.join(directory, f"{cluster}.json")] = (
@@ -121,7 +121,7 @@ def install(directory: str, cluster: str, settings: dict[str, Any], python: str 
             continue
         changed.append(path)
         if not check:
-            os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+            _make_directory(os.path.dirname(path))
             write_atomic(path, data, mode)
             os.chmod(path, mode)
     if changed and not check:
@@ -131,6 +131,14 @@ def install(directory: str, cluster: str, settings: dict[str, Any], python: str 
         if subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode != 0:
             compileall.compile_dir(os.path.join(directory, "lib"), quiet=1)
     return changed
+
+
+def _make_directory(path: str) -> None:
+    """Whatever umask this user has: code that a server runs must not be another user's to change."""
+    if not os.path.isdir(path):
+        _make_directory(os.path.dirname(path))
+        os.mkdir(path, 0o755)
+        os.chmod(path, 0o755)
 
 
 def _current(path: str) -> tuple[bytes, int] | None:

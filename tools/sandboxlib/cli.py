@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import checks, config, drill, packages, postgresql, programs, testing
+from . import checks, config, drill, molecule, packages, postgresql, programs, testing
 from .layout import DEFAULT_MAJOR, MAJORS, Layout, create, locate, lock, remove
 from .processes import Interrupted, raise_on_signals
 from .say import SandboxError, problem, step
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     os.umask(0o022)  # The servers' user reads what we install.
     command, separator, rest = _split(arguments)
     options, extra = _parser().parse_known_args(command)
-    if extra and options.command not in ("drill", "test", "mutation", "sanity", "lint"):
+    if extra and options.command not in ("drill", "test", "mutation", "molecule", "sanity", "lint"):
         _parser().error(f"unknown arguments: {' '.join(extra)}")
     raise_on_signals()
     try:
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("drill", "run a drill on fresh sandbox hosts; other arguments go to ansible-playbook")
     add("test", "run the tests (--pg all: on every PostgreSQL); other arguments go to pytest")
     add("mutation", "take away guards of the engine, one by one: a test must fail; other arguments choose by name")
+    add("molecule", "run molecule's scenarios, the roles on hosts with systemd; other arguments name them")
     add("lint", "ansible-lint")
     add("typecheck", "mypy --strict")
     add("sanity", "ansible-test sanity on a copy; other arguments go to it")
@@ -86,7 +87,7 @@ def _run(options: argparse.Namespace, extra: Sequence[str]) -> int:
     majors = testing.parse_majors(options.pg)
     if len(majors) > 1 and options.command != "test":
         raise SandboxError(f"--pg {options.pg}: name one PostgreSQL version")
-    with_tests = options.command in ("test", "mutation", "lint", "sanity", "typecheck") or getattr(
+    with_tests = options.command in ("test", "mutation", "molecule", "lint", "sanity", "typecheck") or getattr(
         options, "test", False
     )
     needs_servers = options.command in ("setup", "drill", "test", "mutation", "install-check")
@@ -97,6 +98,7 @@ def _run(options: argparse.Namespace, extra: Sequence[str]) -> int:
         sorted({*majors, *others}) if needs_servers else [],
         with_tests,
         with_programs=with_tests and needs_servers,
+        with_molecule=options.command == "molecule",
     )
     if options.command == "setup":
         config.write(layout, majors[0])
@@ -108,6 +110,8 @@ def _run(options: argparse.Namespace, extra: Sequence[str]) -> int:
         return testing.test(layout, majors, extra)
     if options.command == "mutation":
         return testing.mutation(layout, majors[0], extra)
+    if options.command == "molecule":
+        return molecule.run(layout, extra)
     if options.command == "lint":
         return checks.lint(layout, extra)
     if options.command == "typecheck":
@@ -122,11 +126,18 @@ def _run(options: argparse.Namespace, extra: Sequence[str]) -> int:
     os.execvpe(extra[0], list(extra), env)
 
 
-def setup(layout: Layout, majors: Sequence[int], with_tests: bool, with_programs: bool = False) -> None:
+def setup(
+    layout: Layout,
+    majors: Sequence[int],
+    with_tests: bool,
+    with_programs: bool = False,
+    with_molecule: bool = False,
+) -> None:
     """Install what is not installed yet. Two at a time would spoil each other's work: the second one waits."""
     create(layout)
     with lock(layout, "setup"):
-        packages.ensure(layout, *([packages.RUN, packages.TEST] if with_tests else [packages.RUN]))
+        names = [packages.RUN, *([packages.TEST] if with_tests else []), *([packages.MOLECULE] if with_molecule else [])]
+        packages.ensure(layout, *names)
         for major in majors:
             postgresql.ensure(layout, major)
         if with_programs:

@@ -19,7 +19,8 @@ from .say import SandboxError, step
 
 RUN = "run"
 TEST = "test"
-_TITLES = {RUN: "Ansible", TEST: "the tools of the tests"}
+MOLECULE = "molecule"
+_TITLES = {RUN: "Ansible", TEST: "the tools of the tests", MOLECULE: "molecule"}
 
 
 def ensure(layout: Layout, *names: str) -> None:

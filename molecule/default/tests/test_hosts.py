@@ -1,0 +1,158 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What an operator would check on converged hosts, after a disaster and a restore in place."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[3]
+CLUSTER = "shop"
+PASSWORD = r"backups:of\the shop"
+FOLDER = f"/srv/pitr/{CLUSTER}"
+UNITS = [f"pitr-{verb}@{CLUSTER}" for verb in ("backup", "expire", "verify")]
+
+
+def sql(primary: Any, text: str) -> str:
+    return primary.check_output("su postgres -c %s", f"psql -qAtX -c {json.dumps(text)}").strip()
+
+
+def labels(repository: Any) -> set[str]:
+    return set(repository.check_output(f"ls {FOLDER}/backups").split())
+
+
+# --- services
+
+
+def test_server_runs_under_its_own_service_and_starts_with_the_host(primary: Any) -> None:
+    assert primary.service("postgresql@17-main").is_running
+    assert primary.service("postgresql").is_enabled
+
+
+def test_receiver_is_enabled_and_receives_and_commits_wait_for_it(primary: Any, repository: Any) -> None:
+    service = repository.service(f"pitr-receiver@{CLUSTER}")
+    assert service.is_running and service.is_enabled
+    assert sql(primary, "SELECT application_name, sync_state FROM pg_stat_replication") == f"pitr_{CLUSTER}|sync"
+    status = json.loads(repository.file(f"{FOLDER}/receiver/status.json").content)
+    assert status["state"] == "streaming" and status["timeline"] == 2, status
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_timer_is_enabled_and_will_elapse(repository: Any, unit: str) -> None:
+    timer = repository.service(f"{unit}.timer")
+    assert timer.is_running and timer.is_enabled
+    shown = repository.check_output(f"systemctl show -P NextElapseUSecRealtime {unit}.timer").strip()
+    assert re.search(r"\d{4}-\d\d-\d\d", shown), shown
+
+
+def test_no_unit_has_failed(primary: Any, repository: Any) -> None:
+    for host in (primary, repository):
+        assert host.check_output("systemctl --failed --no-legend --plain").strip() == ""
+
+
+def test_archiving_goes_on_after_the_restore(primary: Any) -> None:
+    assert sql(primary, "SELECT last_archived_wal ~ '^00000002', failed_count FROM pg_stat_archiver").startswith("t|")
+    assert sql(primary, "SHOW archive_command").startswith("/usr/local/lib/pgdrill/pitr-wal push")
+
+
+# --- work by the clock
+
+
+def test_backup_by_its_service_is_whole_and_told_in_the_journal(repository: Any) -> None:
+    before = labels(repository)
+    repository.check_output(f"systemctl start pitr-backup@{CLUSTER}.service")
+    (new,) = labels(repository) - before
+    journal = repository.check_output(f"journalctl -o cat -u pitr-backup@{CLUSTER}.service")
+    assert f"backup {new} of {CLUSTER} is complete" in journal
+    repository.check_output(f"systemctl start pitr-verify@{CLUSTER}.service")
+    assert f"whole: {new}" in repository.check_output(f"journalctl -o cat -u pitr-verify@{CLUSTER}.service")
+
+
+def test_backups_that_come_due_while_one_runs_do_not_overlap(repository: Any) -> None:
+    before = labels(repository)
+    start = f"systemctl start --no-block pitr-backup@{CLUSTER}.service"
+    repository.check_output(f"{start}; sleep 0.3; {start}; {start}; systemctl start pitr-backup@{CLUSTER}.service")
+    assert len(labels(repository) - before) == 1
+
+
+def test_expire_by_its_service_keeps_what_the_policy_keeps(repository: Any) -> None:
+    before = labels(repository)
+    assert len(before) >= 3
+    repository.check_output(f"systemctl start pitr-expire@{CLUSTER}.service")
+    kept = labels(repository)
+    assert kept < before and sorted(before)[-2:] == sorted(kept)
+
+
+def test_damage_makes_the_verification_fail_by_name(repository: Any) -> None:
+    newest = sorted(labels(repository))[-1]
+    path = repository.check_output(f"ls -S {FOLDER}/backups/{newest}/* | head -n 1").strip()
+    repository.check_output(f"cp -p {path} /root/kept && printf x | dd of={path} bs=1 seek=700 conv=notrunc status=none")
+    try:
+        assert repository.run(f"systemctl start pitr-verify@{CLUSTER}.service").rc != 0
+        assert path.rpartition("/")[2] in repository.check_output(f"journalctl -o cat -u pitr-verify@{CLUSTER} -n 20")
+    finally:
+        repository.check_output(f"cp -p /root/kept {path} && rm /root/kept")
+    repository.check_output(f"systemctl start pitr-verify@{CLUSTER}.service")
+
+
+@pytest.mark.parametrize("unit", [*UNITS, f"pitr-receiver@{CLUSTER}"])
+def test_unit_is_locked_down(repository: Any, unit: str) -> None:
+    text = repository.check_output(f"systemctl show {unit}.service")
+    for line in ("User=pitr", "ProtectSystem=strict", "NoNewPrivileges=yes", "CapabilityBoundingSet=", "PrivateTmp=yes"):
+        assert f"\n{line}\n" in text
+    assert re.search(r"^ReadWritePaths=/srv/pitr$", text, re.MULTILINE)
+    said = repository.check_output(f"systemd-analyze security --no-pager {unit}.service | tail -n 1")
+    assert float(re.search(r": (\d+\.\d)", said)[1]) < 3, said
+
+
+# --- secrets
+
+
+def test_nothing_of_the_repository_is_for_others(repository: Any) -> None:
+    assert repository.check_output("find /srv/pitr ! -user pitr -o ! -type l -perm /077").strip() == ""
+
+
+def test_password_is_in_no_journal_no_process_and_no_file_that_others_may_read(primary: Any, repository: Any) -> None:
+    for host in (primary, repository):
+        assert PASSWORD not in host.check_output("journalctl --no-pager -a")
+        assert PASSWORD not in host.check_output("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
+        for form in (PASSWORD, PASSWORD.replace("\\", "\\\\").replace(":", "\\:")):
+            places = "/etc /usr/local /var/lib /var/log /var/backups /srv /root /home /tmp /run"
+            found = host.run("grep -rlsF --devices=skip -- %s %s", form, "/nowhere").stdout + host.run(
+                f"grep -rlsF --devices=skip -e '{form}' {places}"
+            ).stdout
+            for path in found.split():
+                assert host.file(path).mode & 0o077 == 0, path
+
+
+def test_private_keys_are_the_servers_alone(primary: Any) -> None:
+    for kind in ("writer", "reader"):
+        key = primary.file(f"/etc/pgdrill/{CLUSTER}-{kind}")
+        assert (key.user, key.mode) == ("postgres", 0o600)
+    assert primary.file("/etc/pgdrill").mode == 0o700
+
+
+@pytest.mark.parametrize("name", ["primary", "repository"])
+def test_code_that_the_servers_run_is_nobody_elses_to_change(name: str, request: Any) -> None:
+    host = request.getfixturevalue(name)
+    assert host.check_output("find /usr/local/lib/pgdrill ! -type l -perm /022").strip() == ""
+
+
+# --- a second look
+
+
+def test_check_mode_of_converged_hosts_shows_no_change() -> None:
+    argv = ["ansible-playbook", "-i", os.environ["MOLECULE_INVENTORY_FILE"], "playbooks/site.yml", "--check"]
+    answer = subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stdout[-3000:]
+    recap = re.findall(r"^(\w+) +: ok=\d+ +changed=(\d+)", answer.stdout, re.MULTILINE)
+    assert recap == [("primary", "0"), ("repository", "0")], answer.stdout[-5000:]

@@ -1,0 +1,154 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The command ``pitr`` of a repository host: base backups, verification and retention by a timer, without Ansible.
+
+It is this package beside ``pitr-wal``, with psycopg2 from the distribution, and does what the modules of the same names
+do. Two runs at once do no harm: backups have a lock each, and a second expire says so and ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .backup import BaseBackup, stored_backups
+from .errors import PitrError
+from .expire import Expiry
+from .index import scan
+from .postgres import Login
+from .repository import ClusterFolder, check_cluster_name, require_directory
+from .retention import Policy
+from .verify import Verification, as_result, choose
+
+USAGE = "usage: pitr backup CLUSTER | pitr verify CLUSTER [all|latest|LABEL] | pitr expire CLUSTER"
+FAILED, WRONG_USE = 1, 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``<directory>/maintenance/<cluster>.json`` holds: the options of the modules. The password is in
+    ``<cluster>.pgpass`` beside it, which libpq reads; sizes and times are in the modules' units."""
+
+    repository: str
+    bin_dir: str
+    login_host: str
+    login_port: int = 5432
+    login_user: str = "pitr_backup"
+    compression: str = "auto"
+    checkpoint: str = "fast"
+    max_rate: str = ""
+    verify: bool = True
+    archive_timeout: int = 600
+    keep_full: int = 0
+    recovery_window: str = ""
+    backup_to_verify: str = "latest"
+    verify_level: str = "content"
+    identity: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Settings:
+        """As read; what a later version has stored besides is left out. Raises TypeError when one is missing."""
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+
+def settings_path(directory: str, cluster: str) -> str:
+    """Path of the settings."""
+    return os.path.join(directory, "maintenance", f"{cluster}.json")
+
+
+def passfile_path(directory: str, cluster: str) -> str:
+    """Path of the password file."""
+    return os.path.join(directory, "maintenance", f"{cluster}.pgpass")
+
+
+def read_settings(directory: str, cluster: str) -> Settings:
+    """Raises PitrError when there are none that can be used."""
+    check_cluster_name(cluster)
+    path = settings_path(directory, cluster)
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return Settings.from_dict(json.load(stream))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise PitrError(
+            f"The settings {path} cannot be used: {error}. The role pgdrill.pitr.backup writes them. Nothing was done."
+        ) from None
+
+
+def take_backup(settings: Settings, cluster: str) -> str:
+    """Take a base backup. Returns what to say of it. Raises PitrError."""
+    require_directory(settings.repository)
+    folder = ClusterFolder.open(settings.repository, cluster)
+    login = Login(host=settings.login_host, port=settings.login_port, user=settings.login_user)
+    backup = BaseBackup(
+        folder,
+        login,
+        settings.bin_dir,
+        compression=settings.compression,
+        checkpoint=settings.checkpoint,
+        max_rate=settings.max_rate,
+        verify=settings.verify,
+        archive_timeout=settings.archive_timeout,
+    ).take()
+    return f"backup {backup.label} of {cluster} is complete, from LSN {backup.start_lsn} to {backup.stop_lsn}"
+
+
+def verify(settings: Settings, cluster: str, choice: str) -> str:
+    """Read backups and their WAL back. Returns what to say. Raises PitrError, also when something is damaged."""
+    folder = ClusterFolder.open(settings.repository, cluster, {"identity": settings.identity})
+    chapter = folder.chapter
+    backups = [b for b in stored_backups(folder) if b.system_identifier == chapter.system_identifier]
+    work = Verification(folder, chapter, backups, scan(folder, chapter), settings.bin_dir, settings.verify_level)
+    chosen = choose(backups, choice or settings.backup_to_verify)
+    damaged = as_result([work.verify(backup) for backup in chosen])["damaged"]
+    if damaged:
+        raise PitrError("\n".join([f"{item['path']}: {item['problem']}" for item in damaged] + ["Nothing was changed."]))
+    return f"whole: {', '.join(backup.label for backup in chosen)} of {cluster}, with their WAL"
+
+
+def expire(settings: Settings, cluster: str) -> str:
+    """Apply the retention policy. Returns what to say. Raises PitrError."""
+    folder = ClusterFolder.open(settings.repository, cluster)
+    policy = Policy.from_options(settings.keep_full or None, settings.recovery_window or None)
+    result = Expiry(folder, policy).run()
+    gone = ", ".join(str(item) for item in result["expired_backups"]) or "no backup"
+    lines = [f"removed from {cluster}: {gone}; segments of WAL: {result['expired_segments']}", *result["notes"]]
+    return "\n".join(map(str, lines))
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; ``argv`` is the installation's folder and then what was asked. Returns the exit code: 0 done, 1
+    failed or damage found, 2 wrong use."""
+    if len(argv) not in (3, 4) or argv[1] not in ("backup", "verify", "expire") or (argv[3:] and argv[1] != "verify"):
+        sys.stderr.write(USAGE + "\n")
+        return WRONG_USE
+    directory, verb, cluster = argv[:3]
+    # Backups are closed to everybody else, whoever starts this.
+    os.umask(0o077)
+    try:
+        settings = read_settings(directory, cluster)
+        passfile = passfile_path(directory, cluster)
+        if os.path.exists(passfile):
+            os.environ["PGPASSFILE"] = passfile
+        if verb == "backup":
+            said = take_backup(settings, cluster)
+        elif verb == "verify":
+            said = verify(settings, cluster, argv[3] if argv[3:] else "")
+        else:
+            said = expire(settings, cluster)
+    except PitrError as error:
+        sys.stderr.write(f"pitr {verb}: {error.message}\n")
+        return FAILED
+    except OSError as error:
+        sys.stderr.write(f"pitr {verb}: {error.filename or 'the system'}: {error.strerror or error}\n")
+        return FAILED
+    sys.stdout.write(said + "\n")
+    return 0

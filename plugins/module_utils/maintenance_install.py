@@ -1,0 +1,103 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Installing the command ``pitr`` on a repository host, beside ``pitr-wal`` and from the same source."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shlex
+import stat
+
+from .errors import PitrError
+from .install import PACKAGE, VERSION, interpreter, source
+from .maintenance import Settings, passfile_path, settings_path
+from .repository import check_cluster_name, write_atomic
+
+COMMAND = "pitr"
+_ENTRY = "maintenance"
+# Not -S: psycopg2 lies where the distribution has put it. Not the user's own directories either.
+_LAUNCHER = """\
+#!/bin/sh
+# pitr: {version}
+exec {python} -I {library}/pitr.py {folder} "$@"
+"""
+_MAIN = f"""\
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])
+
+from {PACKAGE}.{_ENTRY} import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def needed(entry: str = _ENTRY) -> list[str]:
+    """Names of all siblings that ``entry`` needs, itself included, by their import statements wherever they stand."""
+    found: set[str] = set()
+    left = {entry}
+    while left:
+        name = left.pop()
+        found.add(name)
+        for node in ast.walk(ast.parse(source(name))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                names = [node.module.partition(".")[0]] if node.module else [alias.name for alias in node.names]
+                left |= set(names) - found
+    return sorted(found)
+
+
+def content(directory: str, cluster: str, settings: Settings, password: str, python: str) -> dict[str, tuple[bytes, int]]:
+    """All files of an installation with their modes, by path. Raises PitrError."""
+    check_cluster_name(cluster)
+    if "\n" in password:
+        raise PitrError("The password has a line break, which a password file cannot hold. Nothing was changed.")
+    library = os.path.join(directory, "lib")
+    launcher = _LAUNCHER.format(
+        version=VERSION, python=shlex.quote(python), library=shlex.quote(library), folder=shlex.quote(directory)
+    )
+    files = {os.path.join(library, PACKAGE, f"{name}.py"): (source(name), 0o644) for name in needed()}
+    files[os.path.join(library, PACKAGE, "__init__.py")] = (b"", 0o644)
+    files[os.path.join(library, "pitr.py")] = (_MAIN.encode(), 0o644)
+    escaped = password.replace("\\", "\\\\").replace(":", "\\:")
+    files[passfile_path(directory, cluster)] = (f"*:*:*:*:{escaped}\n".encode() if password else b"", 0o600)
+    text = json.dumps(settings.to_dict(), indent=2, sort_keys=True) + "\n"
+    files[settings_path(directory, cluster)] = (text.encode(), 0o600)
+    files[os.path.join(directory, COMMAND)] = (launcher.encode(), 0o755)
+    return files
+
+
+def install(
+    directory: str, cluster: str, settings: Settings, password: str, python: str = "", check: bool = False
+) -> list[str]:
+    """Bring an installation up to date. Returns the paths that were, or with ``check`` would be, written."""
+    changed = []
+    for path, wanted in content(directory, cluster, settings, password, python or interpreter()).items():
+        if _current(path) == wanted:
+            continue
+        changed.append(path)
+        if not check:
+            private = wanted[1] & 0o077 == 0
+            _make_directory(os.path.dirname(path), 0o700 if private else 0o755)
+            write_atomic(path, *wanted)
+            os.chmod(path, wanted[1])
+    return changed
+
+
+def _make_directory(path: str, mode: int) -> None:
+    if not os.path.isdir(path):
+        _make_directory(os.path.dirname(path), 0o755)
+        os.mkdir(path, mode)
+        # Whatever umask this user has.
+        os.chmod(path, mode)
+
+
+def _current(path: str) -> tuple[bytes, int] | None:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(), stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
+    except OSError:
+        return None

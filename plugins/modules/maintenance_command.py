@@ -1,0 +1,212 @@
+#!/usr/bin/python
+
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: maintenance_command
+short_description: Install the command pitr that takes backups, verifies and expires without Ansible
+version_added: 0.2.0
+description:
+  - Installs C(pitr) and its settings for one cluster on the repository host, for timers. It does what
+    M(pgdrill.pitr.base_backup), M(pgdrill.pitr.backup_verify) and M(pgdrill.pitr.expire) do, with the same code.
+  - Run it as the user that owns the repository, or as root and give that user the files. The password lies in a file with
+    mode 0600, and is in no command line.
+extends_documentation_fragment:
+  - pgdrill.pitr.repository
+  - pgdrill.pitr.bin_dir
+  - pgdrill.pitr.attributes
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: full
+  idempotent:
+    support: full
+options:
+  directory:
+    description:
+      - Directory to install into, that of C(pitr-wal).
+    type: path
+    required: true
+  login_host:
+    description:
+      - Host name or address of the primary.
+    type: str
+    required: true
+  login_port:
+    description:
+      - Port of the primary.
+    type: int
+    default: 5432
+  login_user:
+    description:
+      - Role that takes base backups.
+    type: str
+    required: true
+  login_password:
+    description:
+      - Password of the role.
+    type: str
+    default: ''
+  compression:
+    description:
+      - See M(pgdrill.pitr.base_backup).
+    type: str
+    default: auto
+  checkpoint:
+    description:
+      - See M(pgdrill.pitr.base_backup).
+    type: str
+    choices: [fast, spread]
+    default: fast
+  max_rate:
+    description:
+      - See M(pgdrill.pitr.base_backup).
+    type: str
+    default: ''
+  verify:
+    description:
+      - See M(pgdrill.pitr.base_backup).
+    type: bool
+    default: true
+  archive_timeout:
+    description:
+      - See M(pgdrill.pitr.base_backup).
+    type: int
+    default: 600
+  keep_full:
+    description:
+      - See M(pgdrill.pitr.expire). V(0) is no such rule.
+    type: int
+    default: 0
+  recovery_window:
+    description:
+      - See M(pgdrill.pitr.expire).
+    type: str
+    default: ''
+  backup_to_verify:
+    description:
+      - What C(pitr verify) reads when it is not told, V(latest), V(all) or a label.
+    type: str
+    default: latest
+  verify_level:
+    description:
+      - See M(pgdrill.pitr.backup_verify).
+    type: str
+    choices: [stored, content]
+    default: content
+  identity:
+    description:
+      - Path of a file with age identities, to read the content of encrypted backups.
+    type: str
+    default: ''
+  python:
+    description:
+      - Interpreter that runs the command; psycopg2 must be installed for it. Without it the one that runs this module,
+        outside of its virtual environment.
+    type: path
+author:
+  - pgdrill.pitr contributors (@pgdrill)
+"""
+
+EXAMPLES = r"""
+- name: For the timers of the cluster main
+  pgdrill.pitr.maintenance_command:
+    directory: /usr/local/lib/pgdrill
+    repository: /srv/pitr
+    cluster: main
+    bin_dir: /usr/lib/postgresql/18/bin
+    login_host: db1.example.com
+    login_user: pitr_backup
+    login_password: "{{ vault_pitr_backup_password }}"
+    keep_full: 7
+"""
+
+RETURN = r"""
+command:
+  description: Path of the command.
+  returned: success
+  type: str
+  sample: /usr/local/lib/pgdrill/pitr
+written:
+  description: Files that were written, or would be in check mode.
+  returned: success
+  type: list
+  elements: str
+  sample: ["/usr/local/lib/pgdrill/pitr"]
+seconds:
+  description: How long the module took.
+  returned: success
+  type: float
+  sample: 0.412
+started_at:
+  description: When it began, ISO 8601, UTC.
+  returned: success
+  type: str
+  sample: "2026-03-01T14:29:59.123456+00:00"
+finished_at:
+  description: When it ended, ISO 8601, UTC.
+  returned: success
+  type: str
+  sample: "2026-03-01T14:30:02.503112+00:00"
+"""
+
+import os
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
+from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance import Settings
+from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_install import COMMAND, install
+
+ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
+    **repository_argument_spec(),
+    "bin_dir": {"type": "path", "required": True},
+    "directory": {"type": "path", "required": True},
+    "login_host": {"type": "str", "required": True},
+    "login_port": {"type": "int", "default": 5432},
+    "login_user": {"type": "str", "required": True},
+    "login_password": {"type": "str", "default": "", "no_log": True},
+    "compression": {"type": "str", "default": "auto"},
+    "checkpoint": {"type": "str", "choices": ["fast", "spread"], "default": "fast"},
+    "max_rate": {"type": "str", "default": ""},
+    "verify": {"type": "bool", "default": True},
+    "archive_timeout": {"type": "int", "default": 600},
+    "keep_full": {"type": "int", "default": 0},
+    "recovery_window": {"type": "str", "default": ""},
+    "backup_to_verify": {"type": "str", "default": "latest"},
+    "verify_level": {"type": "str", "choices": ["stored", "content"], "default": "content"},
+    "identity": {"type": "str", "default": ""},
+    "python": {"type": "path"},
+}
+
+
+def run(module: AnsibleModule) -> dict[str, Any]:
+    """Install."""
+    params = module.params
+    directory = params["directory"]
+    written = install(
+        directory,
+        params["cluster"],
+        Settings.from_dict(params),
+        params["login_password"],
+        params["python"] or "",
+        module.check_mode,
+    )
+    result: dict[str, Any] = {"changed": bool(written), "command": os.path.join(directory, COMMAND), "written": written}
+    if module._diff:
+        result["diff"] = {"before": "", "after": "".join(f"{path}\n" for path in written)}
+    return result
+
+
+def main() -> None:
+    """Entry point."""
+    run_module(AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True), run)
+
+
+if __name__ == "__main__":
+    main()
