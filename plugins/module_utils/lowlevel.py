@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from . import contents
+from . import contents, readback
 from .backup import MANIFEST, BaseBackup, parse_tablespace_map, store_history
 from .catalog import Tablespace
 from .codec import parse
@@ -100,9 +100,9 @@ class LowLevelBackup(BaseBackup):
             "SELECT has_function_privilege('pg_backup_start(text, boolean)', 'EXECUTE')"
             " AND has_function_privilege('pg_backup_stop(boolean)', 'EXECUTE'),"
             " (SELECT setting FROM pg_settings WHERE name = 'data_directory'),"
-            " current_setting('port'), extract(epoch FROM pg_postmaster_start_time())::bigint",
+            " current_setting('port'), extract(epoch FROM pg_postmaster_start_time())::bigint, pg_backend_pid()",
         )[0]
-        allowed, directory, port, started = row
+        allowed, directory, port, started, backend = row
         if not allowed:
             raise PitrError(
                 f"{self._login} may not call pg_backup_start and pg_backup_stop. GRANT EXECUTE ON FUNCTION"
@@ -118,7 +118,7 @@ class LowLevelBackup(BaseBackup):
         if binary_version(self._bin_dir) != facts["version"]:
             raise PitrError(f"{self._bin_dir} is another major version than the server, {facts['version']}.")
         identifier = control_data(self._bin_dir, self._pgdata).system_identifier
-        if identifier != facts["system_identifier"] or not self._is_servers(str(port), int(started)):
+        if identifier != facts["system_identifier"] or not self._is_servers(str(port), int(started), int(backend)):
             raise PitrError(
                 f"{self._pgdata} is not the data directory of {self._login}: it is another cluster's, or of another"
                 " server of the same cluster. Run this on the host of that server, with its pgdata. No backup was"
@@ -128,15 +128,22 @@ class LowLevelBackup(BaseBackup):
             self._snapshot.check(contents.tablespaces(self._pgdata))
         return facts
 
-    def _is_servers(self, port: str, started: int) -> bool:
+    def _is_servers(self, port: str, started: int, backend: int) -> bool:
         """Whether the server that we talk to runs in this directory, by its postmaster.pid (pidfile.h).
 
-        A standby on the same host has the same system identifier.
+        A standby on the same host has the same system identifier, and may have the same port on another address. Where
+        the server's processes can be seen, ours is a child of the one that works in this directory.
         """
         with contextlib.suppress(OSError, ValueError, IndexError):
             with open(os.path.join(self._pgdata, "postmaster.pid"), encoding="utf-8", errors="replace") as stream:
                 lines = stream.read().split("\n")
-            return lines[3].strip() == port and abs(int(lines[2]) - started) <= _STARTING
+            if lines[3].strip() != port or abs(int(lines[2]) - started) > _STARTING:
+                return False
+            with contextlib.suppress(OSError):
+                if os.path.samefile(f"/proc/{lines[0]}/cwd", self._pgdata):
+                    with open(f"/proc/{backend}/stat", encoding="ascii", errors="replace") as stat:
+                        return stat.read().rpartition(")")[2].split()[1] == lines[0]
+            return True
         return False
 
     def _compressed_with(self, facts: dict[str, Any]) -> str:
@@ -249,6 +256,10 @@ class LowLevelBackup(BaseBackup):
         if text:
             copy.add("tablespace_map", text.encode("utf-8", "surrogateescape"))
         copy.finish(control)
+
+    def _check_content(self, directory: str, names: list[str], file_count: int, total: int) -> str:
+        readback.check(directory, names)
+        return "checksums"
 
     def _tablespaces(self, base_tar: str) -> tuple[Tablespace, ...]:
         return self._found

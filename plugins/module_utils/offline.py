@@ -5,9 +5,9 @@
 """Base backups of a server that is shut down.
 
 There is no backup_label: without an end-of-backup record in WAL a server would never take such a copy for consistent
-(``backupStartPoint`` of xlogrecovery.c). It begins with the shutdown checkpoint that pg_control tells, and enters archive
-recovery at once because pg_control says "shut down" (InitWalRecovery). That checkpoint lies in a segment which the
-server has not archived: with archiving it switches before it (ShutdownXLOG). So the backup has that segment in itself.
+(``backupStartPoint`` of xlogrecovery.c). It begins with the shutdown checkpoint that pg_control tells, and enters
+archive recovery at once because pg_control says "shut down" (InitWalRecovery). That checkpoint lies in a segment which
+the server has not archived: with archiving it switches before it (ShutdownXLOG). So the backup has that segment in it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import os
 import re
 from typing import Any
 
-from . import contents
+from . import contents, readback
+from .archive import archived_logs
 from .backup import MANIFEST, BaseBackup
 from .catalog import Backup, Tablespace
 from .codec import parse
@@ -101,6 +102,13 @@ class OfflineBackup(BaseBackup):
                 " taken. Start the server with wal_level = replica and shut it down again."
             )
         self._checkpoint_end(control)
+        if not any(archived_logs(self._folder.archive_path(), None, self._folder.tree)):
+            # A recovery would take it for an archive that is not mounted (_prove_mounted of archive.py).
+            raise PitrError(
+                f"Nothing was ever archived in {self._folder.archive_path()}. No backup was taken. Is its filesystem"
+                " mounted? If archiving is new, start the server, archive a segment (module archive_probe), and shut it"
+                " down again."
+            )
         return {
             "system_identifier": control.system_identifier,
             "version": version,
@@ -212,6 +220,10 @@ class OfflineBackup(BaseBackup):
 
     def _own_wal(self) -> tuple[str, ...]:
         return self._wal
+
+    def _check_content(self, directory: str, names: list[str], file_count: int, total: int) -> str:
+        readback.check(directory, names)
+        return "checksums"
 
     def _tablespaces(self, base_tar: str) -> tuple[Tablespace, ...]:
         return self._found

@@ -173,7 +173,7 @@ def link_wal(pgdata: str, place: str) -> None:
 
 
 def clear_wal(place: str) -> None:
-    """Remove a directory that :func:`link_wal` has made: what belongs into pg_wal, and then itself, when it is empty."""
+    """Remove what :func:`link_wal` has made: what belongs into pg_wal, and the directory when it is empty then."""
     if not place or not os.path.isdir(place):
         return
     for name in os.listdir(place):

@@ -384,8 +384,8 @@ def _with_wal(
         refusals.append(Refusal("target_beyond_archive", message, nearest))
     elif target.kind == "immediate" and target.action != "promote" and carries(backup, index, timeline, last):
         message = (
-            f"The server cannot {target.action} at the end of the offline backup {backup.label}: PostgreSQL stops before"
-            " a record, and there is no WAL since then."
+            f"The server cannot {target.action} at the end of the offline backup {backup.label}: PostgreSQL stops"
+            " before a record, and there is no WAL since then."
         )
         refusals.append(Refusal("target_beyond_archive", message, "With recovery_target_action: promote it works."))
     elif target.time is not None and last_commit is not None and not _stops_before(target, last_commit):

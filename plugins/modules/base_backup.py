@@ -139,8 +139,8 @@ options:
     default: true
   archive_timeout:
     description:
-      - Seconds to wait for the archiver to deliver the backup's WAL. For a standby that is its primary's, which archives
-        a segment only when it is full; set C(archive_timeout) there below this.
+      - Seconds to wait for the archiver to deliver the backup's WAL. For a standby that is its primary's, which
+        archives a segment only when it is full; set C(archive_timeout) there below this.
     type: int
     default: 600
   when:

@@ -237,15 +237,6 @@ def test_server_that_dies_meanwhile_leaves_no_backup(sandbox: MakeSandbox) -> No
     assert fingerprint(primary.backups) == before
 
 
-def test_standby_is_refused(history: History, restored: Restore) -> None:
-    options = {"recovery_target_xid": str(history.commit("third 2").xid), "recovery_target_action": "pause"}
-    cluster = restored(history.storage, options, archive_after="same").run()
-    from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import BaseBackup
-
-    with pytest.raises(PitrError, match="is a standby"):
-        BaseBackup(history.storage.folder, cluster.server.login, history.storage.bin_dir).take()
-
-
 def test_cluster_that_was_promoted_before_it_archived_here_can_be_restored(
     sandbox: MakeSandbox, restored: Restore
 ) -> None:

@@ -228,7 +228,6 @@ def test_compression_that_this_host_cannot_read_is_not_chosen(site: Site, monkey
     ("fact", "value", "why"),
     [
         ("archive_mode", "off", "has archive_mode = off"),
-        ("standby", True, "is a standby"),
         ("version", 18, "is PostgreSQL 17, the server 18"),
         ("system_identifier", str(SYSTEM + 1), f"{SYSTEM}, but this one is {SYSTEM + 1}"),
     ],
@@ -430,7 +429,7 @@ def test_archiver_that_is_stuck_is_told_and_the_program_ended(site: Site, tmp_pa
 def test_backup_is_invisible_until_its_description_is_written(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[list[str], int]] = []
 
-    def look(_self: BaseBackup, _backup: object) -> None:
+    def look(_self: BaseBackup, *_facts: object) -> None:
         seen.append((os.listdir(site.backups), len(stored_backups(site.folder))))
 
     monkeypatch.setattr(BaseBackup, "_await_wal", look)
