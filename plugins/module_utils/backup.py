@@ -27,6 +27,7 @@ from typing import Any
 from . import codec, encryption, locks
 from .catalog import Backup, StoredFile, Tablespace
 from .errors import PitrError
+from .facts import gather
 from .postgres import Login, binary, binary_version, query, run
 from .repository import (
     BACKUP_FILE,
@@ -238,6 +239,7 @@ class BaseBackup:
                 )[0]
                 stack.enter_context(locks.taking(self._folder, label, int(timeline), Lsn.parse(lsn)))
                 self._copy(connection, partial, label, facts, lock)
+                facts["told"] = gather(connection, os.path.join(partial, MANIFEST))
                 stopped_at, next_xid = query(
                     connection, "SELECT clock_timestamp(), pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
                 )[0]
@@ -388,6 +390,7 @@ class BaseBackup:
             tablespaces=tablespaces,
             next_xid=next_xid,
             encryption=encryption.recipients_id(recipients),
+            facts=facts["told"],
         )
 
     def _check_content(self, directory: str, names: list[str], file_count: int, total: int) -> str:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import PitrError
+from .facts import Facts
 from .wal import Lsn
 
 FORMAT = 1
@@ -64,6 +65,8 @@ class Backup:
     encryption: str = ""
     # Label of the backup that an incremental one builds upon; None for a full one.
     parent: str | None = None
+    # What the server said of itself, None in documents of before it was asked.
+    facts: Facts | None = None
 
     @property
     def stored_bytes(self) -> int:
@@ -88,6 +91,7 @@ class Backup:
             seconds=round(self.seconds, 3),
             files=[asdict(file) for file in self.files],
             tablespaces=[asdict(tablespace) for tablespace in self.tablespaces],
+            facts=self.facts.to_dict() if self.facts is not None else None,
         )
         return result
 
@@ -114,6 +118,7 @@ class Backup:
                 next_xid=value.get("next_xid"),
                 encryption=value.get("encryption", ""),
                 parent=value.get("parent"),
+                facts=Facts.from_dict(value.get("facts")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PitrError(f"a backup's description is damaged: {type(error).__name__} {error}") from None

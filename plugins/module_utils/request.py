@@ -36,6 +36,8 @@ class Request:
     # Path of the file with age identities that open what is encrypted, empty for none.
     identity: str = ""
     use_partial: bool = False
+    # Whose pg_wal has WAL beyond the archive's end: auto, none, or a path (deadwal.py).
+    dead_pg_wal: str = "auto"
     # How a repository on another host is reached: the settings of remote.SshTree.
     ssh: Mapping[str, str] = field(default_factory=dict)
     # Number of the chapter to restore from; the newest one when None.

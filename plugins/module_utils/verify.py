@@ -28,7 +28,7 @@ from .backup import KEEP_FILE, MANIFEST, open_tar, sha256
 from .catalog import Backup, ChainError, chain
 from .errors import PitrError
 from .index import ArchiveIndex
-from .plan import spans_from
+from .reach import spans_from
 from .postgres import binary, binary_version, run
 from .repository import BACKUP_FILE, Chapter, ClusterFolder
 from .retention import missing_wal, wal_timeline
