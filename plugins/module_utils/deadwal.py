@@ -49,8 +49,8 @@ def dead_pgdata(request: Request, system_identifier: str) -> str:
     pgdata = request.pgdata
     killed = left_behind(pgdata, system_identifier)
     if killed is not None:
-        # It has moved aside what was there, which may have been a restored cluster itself.
-        known = str(killed.get(REMEMBERED) or killed.get("moved_aside") or "")
+        # What it has moved aside may have been a restored cluster itself.
+        known = str(killed.get(REMEMBERED, killed.get("moved_aside")) or "")
     elif unaccepted(request):
         known = str((recovery_conf.planned(request.configuration) or {}).get(REMEMBERED) or "")
     else:
@@ -73,7 +73,11 @@ def find(request: Request, chapter: Chapter, timeline: int) -> Place:
             # A copy of the directory alone: its files have to tell for themselves.
             data = ""
         return _checked(request, chapter, timeline, data, pg_wal, True)
-    data = dead_pgdata(request, chapter.system_identifier)
+    try:
+        data = dead_pgdata(request, chapter.system_identifier)
+    except (OSError, PitrError):
+        # The directory itself is refused then, by name.
+        data = ""
     return _checked(request, chapter, timeline, data, os.path.join(data, "pg_wal"), False) if data else Place()
 
 
@@ -88,7 +92,9 @@ def _checked(request: Request, chapter: Chapter, timeline: int, data: str, pg_wa
     if data:
         pid = running_pid(data)
         if pid is not None:
-            return Place(problem=f"A server is running on {data} (process {pid}); its WAL is not at its end.", asked=asked)
+            return Place(
+                problem=f"A server is running on {data} (process {pid}); its WAL is not at its end.", asked=asked
+            )
         try:
             control = control_data(request.bin_dir, data)
         except PitrError as error:

@@ -100,7 +100,8 @@ def gather(connection: Any, manifest: str = "") -> Facts:
     for name, which in (("glibc", "collprovider = 'c' AND collcollate !~ '^(C|POSIX)'"), ("icu", "collprovider = 'i'")):
         with contextlib.suppress(PitrError):
             rows = query(
-                connection, f"SELECT pg_collation_actual_version(oid) FROM pg_collation WHERE {which} ORDER BY oid LIMIT 1"
+                connection,
+                f"SELECT pg_collation_actual_version(oid) FROM pg_collation WHERE {which} ORDER BY oid LIMIT 1",
             )
             known[name] = str(rows[0][0] or "") if rows else ""
     with contextlib.suppress(OSError):

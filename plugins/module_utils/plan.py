@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .catalog import Backup, broken_chains, chain
@@ -56,19 +56,21 @@ class RefusedError(PitrError):
 
 @dataclass(frozen=True)
 class Location:
-    """Where a commit or a restore point lies in the WAL. ``lsn`` is the start of its record."""
+    """Where a transaction's end or a restore point lies in the WAL. ``lsn`` is the start of its record."""
 
     lsn: Lsn
     timeline: int
     time: datetime.datetime | None = None
+    committed: bool = True
 
 
 @dataclass(frozen=True)
 class RestorePlan:
     """What a restore would do. Segment numbers are inclusive; ``wal_bytes`` counts whole segments.
 
-    ``from_receiver``: segments that come from a receiver's spool, because the archive does not have them yet;
-    ``at_least``: the start of the last record in them, which a recovery to the end has to come to.
+    ``from_receiver`` and ``from_pg_wal``: segments that come from a receiver's spool, or from the pg_wal of the server
+    that has died, because the archive does not have them yet; ``at_least``: the start of the last record in them, which
+    a recovery to the end has to come to. ``looked``: what this host, and the server that was backed up, add to it.
     """
 
     backup: Backup
@@ -82,9 +84,16 @@ class RestorePlan:
     end_lsn: Lsn
     notes: tuple[str, ...] = ()
     from_receiver: tuple[str, ...] = ()
+    from_pg_wal: tuple[str, ...] = ()
     at_least: Lsn | None = None
     # What the restored directory is made of: the full backup first, ``backup`` last.
     chain: tuple[Backup, ...] = ()
+    looked: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def from_elsewhere(self) -> tuple[str, ...]:
+        """Segments that are not archived, in order."""
+        return tuple(sorted((*self.from_receiver, *self.from_pg_wal)))
 
     def to_dict(self) -> dict[str, Any]:
         """For a module's result."""
@@ -115,8 +124,10 @@ class RestorePlan:
             "end_lsn": str(self.end_lsn),
             "backup_bytes": self.backup.database_bytes,
             "from_receiver": list(self.from_receiver),
+            "from_pg_wal": list(self.from_pg_wal),
             "at_least": str(self.at_least) if self.at_least is not None else None,
             "notes": list(self.notes),
+            **self.looked,
         }
 
 
@@ -185,9 +196,9 @@ def plan(
         )
         nearest = points.first(whole)
         if choice != "auto":
-            others = [b for b in candidates(backups, tree, timeline, "auto") if b.label not in damaged]
-            earlier = sorted((b for b in others if _ends_before(b, target, location)), key=lambda b: b.stop_lsn)
-            nearest = f"{nearest} {Nearest(others, index, timeline, {}).without_choice(earlier)}".strip()
+            usable = [each for each in candidates(backups, tree, timeline, "auto") if each.label not in damaged]
+            earlier = sorted((b for b in usable if _ends_before(b, target, location)), key=lambda b: b.stop_lsn)
+            nearest = f"{nearest} {Nearest(usable, index, timeline, {}).without_choice(earlier)}".strip()
         raise RefusedError([*refusals, Refusal(code, message + f" ({oldest.label}).", nearest)])
     try:
         result = _first_that_works(fitting, index, target, timeline, location, commits, damaged, points)
@@ -376,21 +387,19 @@ def _with_wal(
         names = [index.name(tli, number) for tli, number in in_the_way[:MAX_NAMED]]
         more = " and more" if len(in_the_way) > MAX_NAMED else ""
         hole = in_the_way[0][1]
-        nearest = [points.before_hole(backup, hole, target), points.behind_hole(hole)]
-        if hole * size < backup.stop_lsn:
-            nearest[1] = points.consistent_elsewhere(backup)
+        inside = hole * size < backup.stop_lsn
+        other = points.consistent_elsewhere(backup) if inside else points.behind_hole(hole)
         message = f"The archive has a hole: {', '.join(names)}{more} missing, needed after backup {backup.label}."
-        refusals.append(Refusal("archive_gap", message, " ".join(filter(None, nearest))))
+        nearest = f"{points.before_hole(backup, hole, target)} {other}".strip()
+        refusals.append(Refusal("archive_gap", message, nearest))
     if last > last_there and not (in_the_way and len(missing) > MAX_NAMED):
         message = f"The target {target} lies after the end of the archive."
         refusals.append(Refusal("target_beyond_archive", message, points.window()))
-    if refusals:
-        pass
-    elif target.time is not None and last_commit is not None and not _stops_before(target, last_commit):
+    if target.time is not None and not in_the_way and last_commit and not _stops_before(target, last_commit):
         message = f"The target {target} is not before the last transaction in the archive."
         nearest = f"The latest restorable time is just before {format_time(last_commit)}; 'latest' restores everything."
         refusals.append(Refusal("target_beyond_archive", message, nearest))
-    elif borrowed and comes_to_switch and _passes_switch(target, location, last_commit, switch):
+    elif borrowed and not refusals and comes_to_switch and _passes_switch(target, location, last_commit, switch):
         parent = spans[-2].timeline
         message = (
             f"Timeline {timeline} began at LSN {switch} and has archived no WAL yet; PostgreSQL would go on with WAL of"

@@ -19,7 +19,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from . import extract, locks, recovery_conf, tail
+from . import extract, locks, rates, recovery_conf, tail
+from .deadwal import REMEMBERED, dead_pgdata
 from .errors import PitrError
 from .index import scan
 from .plan import RestorePlan
@@ -53,25 +54,28 @@ class Restore:
         """Decide without touching anything. Raises RefusedError with every reason that can be known now."""
         return self._planner.plan()
 
-    def _bring_tail(self, result: RestorePlan) -> None:
-        """Copy what the receiver has into pg_wal, and look again how far it reaches."""
-        if not result.from_receiver or self._planner.tail is None:
+    def _bring_tail(self, result: RestorePlan, moved_aside: str) -> None:
+        """Copy what is not archived yet into pg_wal, and look again how far it reaches."""
+        beyond = self._planner.beyond
+        if moved_aside:
+            beyond.moved(self._request.pgdata, moved_aside)
+        if not result.from_elsewhere or beyond.used is None:
             return
         pg_wal = os.path.join(self._request.pgdata, "pg_wal")
         os.makedirs(pg_wal, mode=0o700, exist_ok=True)
         chapter = self._planner.chapter
-        for name in result.from_receiver:
-            tail.copy(self._planner.folder, chapter, self._planner.tail, name, os.path.join(pg_wal, name))
+        for name in result.from_elsewhere:
+            tail.copy(self._planner.folder, chapter, beyond.used, name, os.path.join(pg_wal, name))
         index = scan(self._planner.folder, chapter)
-        for name in result.from_receiver:
+        for name in result.from_elsewhere:
             wal_file = WalFile.parse(name)
             number = wal_file.number(index.segment_size)
             if not index.has(wal_file.timeline, number):
                 index.add(wal_file.timeline, number)
-        reach = self._planner.tail_reach(index, pg_wal)
+        reach = beyond.reach(index, pg_wal)
         if result.at_least is not None and (reach is None or reach < result.at_least):
             raise PitrError(
-                f"The receiver's segments have changed since the plan was made: {', '.join(result.from_receiver)} had a"
+                f"Segments have changed since the plan was made: {', '.join(result.from_elsewhere)} had a"
                 f" record at LSN {result.at_least}, and reach to {reach} now. Plan again."
             )
 
@@ -111,14 +115,22 @@ class Restore:
         started = time.monotonic()
         pgdata = self._request.pgdata
         was_there = os.path.isdir(pgdata)
+        dead = dead_pgdata(self._request, self._planner.chapter.system_identifier)
         moved_aside = self._clear()
         moved_aside = self._move_aside() or moved_aside
         locations = self._request.locations(result.backup)
+        self._noted = {
+            **result.to_dict(),
+            REMEMBERED: moved_aside if dead == pgdata else dead,
+            "rates": rates.path_of(self._planner.folder),
+        }
         progress = None
         try:
             os.makedirs(pgdata, mode=0o700, exist_ok=True)
             os.chmod(pgdata, 0o700)
-            progress = Marker(os.path.join(pgdata, IN_PROGRESS), result.backup, moved_aside, locations)
+            progress = Marker(
+                os.path.join(pgdata, IN_PROGRESS), result.backup, moved_aside, locations, self._noted[REMEMBERED]
+            )
             stored = os.path.join(self._planner.folder.backups_path, result.backup.label)
             extract.extract(
                 result.backup, stored, pgdata, locations, self._renewing(progress, lease), self._planner.folder.tree
@@ -126,19 +138,21 @@ class Restore:
             if self._request.verify:
                 extract.verify(result.backup, stored, pgdata, self._request.bin_dir, self._planner.folder.tree)
             extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, locations)
-            self._bring_tail(result)
+            self._bring_tail(result, moved_aside)
             recovery_conf.write(
                 self._request.configuration,
                 pgdata,
                 self._settings(result, lease),
-                {**result.to_dict(), "started_at": time.time()},
+                {**self._noted, "started_at": time.time()},
             )
             self._place_control(pgdata)
             self._check_effective(result, lease)
         except BaseException:
             self._put_back(moved_aside, locations, progress, was_there)
             raise
-        return Result(result, moved_aside, round(time.monotonic() - started, 3))
+        seconds = time.monotonic() - started
+        rates.add(self._noted["rates"], "copy", result.backup.database_bytes, seconds)
+        return Result(result, moved_aside, round(seconds, 3))
 
     def _renewing(self, progress: Marker, lease: str) -> Callable[[int], None]:
         """Counts bytes, and renews the lease every minute of a long copy."""
@@ -251,7 +265,7 @@ class Restore:
                 request.configuration,
                 request.pgdata,
                 {**expected, **raised},
-                {**result.to_dict(), "started_at": time.time(), "raised": raised},
+                {**self._noted, "started_at": time.time(), "raised": raised},
             )
         for name in ("restore_command", "recovery_target_timeline", "archive_mode", *raised):
             value = self._effective(name)

@@ -87,9 +87,7 @@ def look(folder: ClusterFolder, chapter: Chapter, index: ArchiveIndex, timeline:
     return Tail(timeline, place, tuple(found), problem)
 
 
-def look_into_pg_wal(
-    folder: ClusterFolder, chapter: Chapter, index: ArchiveIndex, timeline: int, pg_wal: str
-) -> Tail:
+def look_into_pg_wal(folder: ClusterFolder, chapter: Chapter, index: ArchiveIndex, timeline: int, pg_wal: str) -> Tail:
     """What a server's own pg_wal has behind the last archived segment of this timeline. No server may run on it.
 
     Segments of the future are there as well: recycled files, which have a name to come and old content (InstallXLogFile
@@ -169,7 +167,10 @@ def _check(folder: ClusterFolder, chapter: Chapter, place: str, name: str, tree:
 
 def _history(folder: ClusterFolder, chapter: Chapter, place: str, timeline: int, tree: Tree) -> str | None:
     name = history_name(timeline)
-    for path, where in ((os.path.join(place, name), tree), (folder.wal_path(WalFile.parse(name), chapter), folder.tree)):
+    for path, where in (
+        (os.path.join(place, name), tree),
+        (folder.wal_path(WalFile.parse(name), chapter), folder.tree),
+    ):
         with contextlib.suppress(FileNotFoundError), codec.open_reader(path, where) as reader:
             return reader.read().decode(errors="replace")
     return None

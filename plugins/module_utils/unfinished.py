@@ -28,10 +28,14 @@ class Marker:
     The next try after a kill reads from it where the old directory is and which tablespace directories it may clear.
     """
 
-    def __init__(self, path: str, backup: Backup, moved_aside: str, locations: Mapping[int, str]) -> None:
+    def __init__(
+        self, path: str, backup: Backup, moved_aside: str, locations: Mapping[int, str], dead_pgdata: str = ""
+    ) -> None:
+        """``dead_pgdata``: where the server has died, see deadwal.py."""
         self._path = path
         self._facts = {"format": 1, "system_identifier": backup.system_identifier, "backup": backup.label}
-        self._left = {"moved_aside": moved_aside, "locations": sorted(locations.values())}
+        self._left: dict[str, Any] = {"moved_aside": moved_aside, "locations": sorted(locations.values())}
+        self._left["dead_pgdata"] = dead_pgdata
         self._total = backup.database_bytes
         self._done = 0
         self.write()

@@ -17,8 +17,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import IO, cast
 
 from . import codec
@@ -35,7 +35,10 @@ WINDOW = 16
 
 _RECORD = re.compile(r"rmgr: (\S+)\s.*?, tx:\s*(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), prev \S+ desc: (.*)\Z")
 _TIME = re.compile(r"(?:COMMIT|ABORT)(?:_PREPARED)?(?: \d+:)? (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)?) UTC")
-_ERROR_AT = re.compile(r"error in WAL record at ([0-9A-F]+/[0-9A-F]+)")
+_SUBXACTS = re.compile(r"; subxacts: ([0-9 ]+)")
+_GID = re.compile(r"PREPARE gid (.*?): \d{4}-\d\d-\d\d ")
+_ERROR_AT = re.compile(r"error in WAL record at [0-9A-F]+/[0-9A-F]+")
+_POSITION = re.compile(r"(?:at|LSN) ([0-9A-F]+/[0-9A-F]+)")
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,36 @@ class Record:
         return int(match.group(1)) if match else self.xid
 
     @property
+    def subtransactions(self) -> list[int]:
+        """Ids of the committed subtransactions that a commit record lists."""
+        match = _SUBXACTS.search(self.description)
+        return [int(xid) for xid in match.group(1).split()] if match else []
+
+    @property
+    def prepared(self) -> str | None:
+        """The name of the transaction that this record prepares (PREPARE TRANSACTION), None for other records."""
+        match = _GID.match(self.description) if self.rmgr == "Transaction" else None
+        return match.group(1) if match else None
+
+    @property
+    def restore_point(self) -> str | None:
+        """The name of the restore point that this record is, None for other records."""
+        head = "RESTORE_POINT "
+        is_one = self.rmgr == "XLOG" and self.description.startswith(head)
+        return self.description[len(head) :] if is_one else None
+
+    @property
     def is_commit(self) -> bool:
         """Whether it commits."""
         return self.rmgr == "Transaction" and self.description.startswith("COMMIT")
+
+
+class BrokenWal(PitrError):
+    """Records end where others should follow: in segment ``number``."""
+
+    def __init__(self, number: int, message: str) -> None:
+        self.number = number
+        super().__init__(message)
 
 
 class WalScanner:
@@ -134,17 +164,49 @@ class WalScanner:
                         return found
         return None
 
-    def find_xid(self, spans: list[Span], last: int, xid: int) -> Location | None:
-        """Where transaction ``xid`` (its low 32 bits count) committed or aborted."""
+    def unbroken(self, timeline: int, first: int, last: int) -> int:
+        """Up to which segment, of those from ``first`` to ``last``, one record follows the other.
+
+        Where they break in the last but one, and no record begins in the last, the one that breaks may go on there.
+        """
+        at = first
+        while at < last:
+            until = min(at + WINDOW - 1, last)
+            try:
+                for _record in self._window(timeline, at, until, ("XLOG",), False):
+                    pass
+            except BrokenWal as error:
+                if (
+                    error.number == last - 1
+                    and self.last_record([Span(timeline, self._begin(last), None)], last) is None
+                ):
+                    return last
+                return error.number
+            at = until
+        return last
+
+    def _begin(self, number: int) -> Lsn:
+        return Lsn(number * self._index.segment_size)
+
+    def find_xid(
+        self, spans: list[Span], last: int, xid: int, watch: Callable[[Record], None] | None = None
+    ) -> Location | None:
+        """Where transaction ``xid`` (its low 32 bits count) committed or aborted. ``watch`` sees what comes before."""
         for record in self.records(spans, last, ("Transaction",)):
+            if watch is not None:
+                watch(record)
             if record.time is not None and record.ended_xid == xid & 0xFFFFFFFF:
-                return Location(record.lsn, record.timeline, record.time)
+                return Location(record.lsn, record.timeline, record.time, record.is_commit)
         return None
 
-    def find_name(self, spans: list[Span], last: int, name: str) -> Location | None:
-        """Where the first restore point of this name lies."""
+    def find_name(
+        self, spans: list[Span], last: int, name: str, watch: Callable[[Record], None] | None = None
+    ) -> Location | None:
+        """Where the first restore point of this name lies. ``watch`` sees what comes before."""
         for record in self.records(spans, last, ("XLOG",)):
-            if record.description == f"RESTORE_POINT {name}":
+            if watch is not None:
+                watch(record)
+            if record.restore_point == name:
                 return Location(record.lsn, record.timeline)
         return None
 
@@ -171,10 +233,7 @@ class WalScanner:
                 )
                 output = cast(IO[bytes], process.stdout)
                 try:
-                    for line in output:
-                        record = _parse(line.decode(errors="replace").rstrip("\n"), timeline)
-                        if record is not None:
-                            yield record
+                    yield from _records(output, timeline)
                 finally:
                     output.close()
                     process.kill()
@@ -188,14 +247,28 @@ class WalScanner:
         match = _ERROR_AT.search(said)
         if match is None:
             return
-        lsn = Lsn.parse(match.group(1))
+        # First the last record that was read, then where the next one should be.
+        lsn = max(Lsn.parse(position) for position in _POSITION.findall(said[match.start() :]))
         number = lsn.segment_number(self._index.segment_size)
+        if (
+            final
+            and number == until - 1
+            and self._tail is not None
+            and self._tail.names[-1:] == (self._index.name(timeline, until),)
+        ):
+            # A record may go on into a segment that is not written to its end.
+            return
         if number < until:
             name = self._index.name(timeline, number)
-            raise PitrError(f"The archived WAL cannot be read at {lsn}, in {name}: {said}")
+            raise BrokenWal(number, f"The archived WAL cannot be read at {lsn}, in {name}: {said}")
 
     def _unpack(self, name: str, target: str, local: str = "") -> None:
         if self._tail is not None and name in self._tail.names:
+            own = self._tail.local.get(name)
+            if own and not local:
+                # Nobody writes to it any more, and it may be one of thousands.
+                os.symlink(own, target)
+                return
             if local and os.path.exists(os.path.join(local, name)):
                 shutil.copyfile(os.path.join(local, name), target)
                 return
@@ -208,6 +281,30 @@ class WalScanner:
                 if not data:
                     break
                 stream.write(data)
+
+
+def _records(output: Iterable[bytes], timeline: int) -> Iterator[Record]:
+    """The records among pg_waldump's lines.
+
+    The name of a restore point is shown as it is, so that one with a line break goes on in the next line; and it is
+    bytes in the encoding of its database, of which nothing may be replaced before they are compared.
+    """
+    waiting: Record | None = None
+    for line in output:
+        text = line.decode("utf-8", "surrogateescape").rstrip("\n")
+        record = _parse(text, timeline)
+        if record is not None:
+            if waiting is not None:
+                yield waiting
+            waiting = None
+            if record.restore_point is None:
+                yield record
+            else:
+                waiting = record
+        elif waiting is not None:
+            waiting = replace(waiting, description=f"{waiting.description}\n{text}")
+    if waiting is not None:
+        yield waiting
 
 
 def _parse(line: str, timeline: int) -> Record | None:

@@ -131,6 +131,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import login_argument_spec, run_module
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login, running_pid
+from ansible_collections.pgdrill.pitr.plugins.module_utils.rates import add_replay
 from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery import Recovery
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
@@ -156,6 +157,8 @@ def reached(recovery: Recovery, params: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"changed": False, "reached": found.to_dict()}
     if running_pid(params["pgdata"]) is not None:
         result["timeline"] = recovery.timeline()
+        # The next plan tells how long a replay will take.
+        add_replay(recovery.planned(), params["pgdata"])
     return result
 
 

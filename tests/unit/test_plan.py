@@ -176,6 +176,7 @@ def test_plan_is_told_in_full() -> None:
         "backup_bytes": 1000,
         "notes": [],
         "from_receiver": [],
+        "from_pg_wal": [],
         "at_least": None,
     }
 
