@@ -49,6 +49,8 @@ class Beyond:
         self._spool_is_used = False
         self._own_is_used = False
         self.used: Tail | None = None
+        # Start of the last record that follows the one before, as far as it is known.
+        self._last: Lsn | None = None
 
     def look(self, target: RecoveryTarget, timeline: int, index: ArchiveIndex) -> None:
         """Look at both sources; what is used is in ``index`` from here on. Raises RefusedError for a wrong pg_wal."""
@@ -85,7 +87,8 @@ class Beyond:
 
         ``local``: a directory with copies, which are looked at instead.
         """
-        return self._last_record(self.used, index, local)
+        found = self._last_record(self.used, index, local)
+        return found if self._last is None or found is None else min(found, self._last)
 
     def _last_record(self, found: Tail | None, index: ArchiveIndex, local: str = "") -> Lsn | None:
         if found is None or not found.names:
@@ -113,7 +116,7 @@ class Beyond:
         size = index.segment_size
         first, last = (WalFile.parse(found.names[at]).number(size) for at in (0, -1))
         scanner = WalScanner(self._folder, self._chapter, other, self._request.bin_dir, found)
-        ends: int | None = None
+        ends: tuple[int, Lsn | None] | None = None
         if other.has(found.timeline, first - 1):
             try:
                 ends = scanner.unbroken(found.timeline, first - 1, last)
@@ -122,14 +125,13 @@ class Beyond:
             except PitrError:
                 # The archive's own damage is told of by those who need that segment.
                 ends = None
-        if ends is None:
-            ends = scanner.unbroken(found.timeline, first, last)
-        if ends >= last:
+        number, self._last = ends or scanner.unbroken(found.timeline, first, last)
+        if number >= last:
             return found
-        name = other.name(found.timeline, ends)
+        name = other.name(found.timeline, max(number, first))
         return found.cut(
-            max(ends - first + 1, 0),
-            f"records break off in {name}, although segments follow; those that follow are not used",
+            max(number - first + 1, 0),
+            f"records break off in {name}; what follows there is not used",
         )
 
     def complete(self, result: RestorePlan, index: ArchiveIndex) -> RestorePlan:

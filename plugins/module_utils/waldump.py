@@ -29,7 +29,7 @@ from .postgres import binary
 from .repository import Chapter, ClusterFolder
 from .tail import Tail, copy
 from .timeline import Span
-from .wal import Lsn, WalFile
+from .wal import Lsn, SegmentHeader, WalFile
 
 WINDOW = 16
 
@@ -90,14 +90,6 @@ class Record:
         return self.rmgr == "Transaction" and self.description.startswith("COMMIT")
 
 
-class BrokenWal(PitrError):
-    """Records end where others should follow: in segment ``number``."""
-
-    def __init__(self, number: int, message: str) -> None:
-        self.number = number
-        super().__init__(message)
-
-
 class WalScanner:
     """Reads records of chosen resource managers from an archive."""
 
@@ -106,6 +98,7 @@ class WalScanner:
     ) -> None:
         """``tail``: segments that are not archived yet, but in the index."""
         self._tail = tail
+        self._said = ""
         self._folder = folder
         self._chapter = chapter
         self._index = index
@@ -164,29 +157,29 @@ class WalScanner:
                         return found
         return None
 
-    def unbroken(self, timeline: int, first: int, last: int) -> int:
+    def unbroken(self, timeline: int, first: int, last: int) -> tuple[int, Lsn | None]:
         """Up to which segment, of those from ``first`` to ``last``, one record follows the other.
 
-        Where they break in the last but one, and no record begins in the last, the one that breaks may go on there.
+        Returns also the start of the last record of them, None when the last one ends with its segment. The segment
+        before ``first`` is returned when not even its first record is right.
         """
+        size = self._index.segment_size
         at = first
-        while at < last:
+        while True:
             until = min(at + WINDOW - 1, last)
-            try:
-                for _record in self._window(timeline, at, until, ("XLOG",), False):
-                    pass
-            except BrokenWal as error:
-                if (
-                    error.number == last - 1
-                    and self.last_record([Span(timeline, self._begin(last), None)], last) is None
-                ):
-                    return last
-                return error.number
+            for _record in self._run(timeline, at, until, ("XLOG",)):
+                pass
+            positions = _positions(self._said)
+            if positions is not None:
+                good, bad = positions
+                number = bad.segment_number(size)
+                if number < until or until == last:
+                    # Right behind the header of a segment nothing of it belongs to the record before.
+                    empty = int(bad) % size <= SegmentHeader.SIZE
+                    return min(number - 1 if empty else number, last), good
+            if until == last:
+                return last, None
             at = until
-        return last
-
-    def _begin(self, number: int) -> Lsn:
-        return Lsn(number * self._index.segment_size)
 
     def find_xid(
         self, spans: list[Span], last: int, xid: int, watch: Callable[[Record], None] | None = None
@@ -213,6 +206,12 @@ class WalScanner:
     def _window(
         self, timeline: int, first: int, until: int, rmgrs: tuple[str, ...], final: bool, local: str = ""
     ) -> Iterator[Record]:
+        """Records of these segments. Raises PitrError when they end before the last of the segments."""
+        yield from self._run(timeline, first, until, rmgrs, local)
+        self._check_end(self._said, timeline, until, final)
+
+    def _run(self, timeline: int, first: int, until: int, rmgrs: tuple[str, ...], local: str = "") -> Iterator[Record]:
+        """Records of these segments as far as they can be read; ``_said`` is what the program complains of then."""
         size = self._index.segment_size
         with tempfile.TemporaryDirectory(prefix="pitr-waldump-") as directory:
             for number in range(first, until + 1):
@@ -239,28 +238,22 @@ class WalScanner:
                     process.kill()
                     process.wait()
                 complaints.seek(0)
-                said = complaints.read(4000).decode(errors="replace").strip()
-            self._check_end(said, timeline, until, final)
+                self._said = complaints.read(4000).decode(errors="replace").strip()
 
     def _check_end(self, said: str, timeline: int, until: int, final: bool) -> None:
         """pg_waldump always ends by running out of WAL; anywhere but in the window's last segment that is damage."""
-        match = _ERROR_AT.search(said)
-        if match is None:
+        positions = _positions(said)
+        if positions is None:
             return
-        # First the last record that was read, then where the next one should be.
-        lsn = max(Lsn.parse(position) for position in _POSITION.findall(said[match.start() :]))
+        lsn = positions[1]
         number = lsn.segment_number(self._index.segment_size)
-        if (
-            final
-            and number == until - 1
-            and self._tail is not None
-            and self._tail.names[-1:] == (self._index.name(timeline, until),)
-        ):
+        tail_ends = self._tail is not None and self._tail.names[-1:] == (self._index.name(timeline, until),)
+        if final and tail_ends and number == until - 1:
             # A record may go on into a segment that is not written to its end.
             return
         if number < until:
             name = self._index.name(timeline, number)
-            raise BrokenWal(number, f"The archived WAL cannot be read at {lsn}, in {name}: {said}")
+            raise PitrError(f"The archived WAL cannot be read at {lsn}, in {name}: {said}")
 
     def _unpack(self, name: str, target: str, local: str = "") -> None:
         if self._tail is not None and name in self._tail.names:
@@ -305,6 +298,15 @@ def _records(output: Iterable[bytes], timeline: int) -> Iterator[Record]:
             waiting = replace(waiting, description=f"{waiting.description}\n{text}")
     if waiting is not None:
         yield waiting
+
+
+def _positions(said: str) -> tuple[Lsn, Lsn] | None:
+    """The last record that pg_waldump has read and where the next one should be; None when it complains of nothing."""
+    match = _ERROR_AT.search(said)
+    if match is None:
+        return None
+    positions = [Lsn.parse(position) for position in _POSITION.findall(said[match.start() :])]
+    return positions[0], max(positions)
 
 
 def _parse(line: str, timeline: int) -> Record | None:
