@@ -90,7 +90,6 @@ class Case:
         place.mkdir()
         shutil.copytree(dead.data, self.data, symlinks=True)
         (self.data / "postmaster.pid").unlink(missing_ok=True)
-        # A copy of the server is not the server: it must not listen where the original would.
         self.names = dead.names
 
     @property
@@ -304,6 +303,12 @@ def test_only_what_continues_the_archive_is_used(
     elif break_it in (_of_another_cluster, _written_on_another_timeline, _cut_short):
         assert any(case.names[1] in note for note in result.plan.notes)
     assert result.run().phase == expected
+
+
+def test_recycled_segments_are_no_news(case: Case) -> None:
+    """Every server has some, and nobody has to look at a note about them."""
+    _recycled_at_the_end(case)
+    assert not any("Refused" in note or "not used" in note for note in case.plan().notes)
 
 
 def test_server_that_has_gone_on_to_another_timeline_is_not_used(
