@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from . import codec, encryption, locks
 from .catalog import Backup, StoredFile, Tablespace
 from .errors import PitrError
+from .facts import gather
 from .postgres import Login, binary, binary_version, query, run
 from .repository import (
     BACKUP_FILE,
@@ -276,6 +277,8 @@ class BaseBackup:
                 # The backup will need WAL from here on; an expire must leave it.
                 stack.enter_context(locks.taking(self._folder, label, *self._begin(connection, facts)))
                 self._copy(connection, partial, label, facts, lock)
+                if connection is not None:
+                    facts["told"] = gather(connection, os.path.join(partial, MANIFEST))
                 stopped_at, next_xid = self._end(connection, facts)
                 backup = self._describe(partial, label, facts, started_at, stopped_at, next_xid, lock)
                 self._await_wal(connection, backup, facts)
@@ -474,6 +477,7 @@ class BaseBackup:
             changed_bytes=changed,
             method=self.method,
             own_wal=self._own_wal(),
+            facts=facts.get("told"),
         )
 
     def _own_wal(self) -> tuple[str, ...]:

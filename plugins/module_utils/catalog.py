@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import PitrError
+from .facts import Facts
 from .wal import Lsn
 
 FORMAT = 1
@@ -72,6 +73,8 @@ class Backup:
     method: str = "stream"
     # Segments that lie in base.tar, for an offline backup: its WAL from start to stop, and nothing behind that.
     own_wal: tuple[str, ...] = ()
+    # What the server said of itself, None in documents of before it was asked.
+    facts: Facts | None = None
 
     @property
     def directory_bytes(self) -> int:
@@ -102,6 +105,7 @@ class Backup:
             files=[asdict(file) for file in self.files],
             tablespaces=[asdict(tablespace) for tablespace in self.tablespaces],
             own_wal=list(self.own_wal),
+            facts=self.facts.to_dict() if self.facts is not None else None,
         )
         return result
 
@@ -132,6 +136,7 @@ class Backup:
                 changed_bytes=value.get("changed_bytes", 0),
                 method=value.get("method", "stream"),
                 own_wal=tuple(value.get("own_wal", ())),
+                facts=Facts.from_dict(value.get("facts")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PitrError(f"a backup's description is damaged: {type(error).__name__} {error}") from None

@@ -25,8 +25,8 @@ from . import codec, extract, locks
 from .backup import MANIFEST, BasisError, damaged_backups, open_tar, stored_backups
 from .catalog import Backup, broken_chains, chain
 from .errors import PitrError
-from .plan import spans_from
 from .postgres import Login, query
+from .reach import spans_from
 from .repository import BACKUP_FILE, ClusterFolder
 from .retention import parse_window
 from .timeline import TimelineTree, parse_history

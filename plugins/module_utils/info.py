@@ -15,7 +15,7 @@ from .backup import damaged_backups, keep_mark, stored_backups
 from .catalog import Backup, broken_chains
 from .encryption import LockedError
 from .index import ArchiveIndex, scan
-from .plan import reachable_end
+from .reach import reachable_end
 from .repository import Chapter, ClusterFolder
 from .retention import WalRange, missing_wal, needed_from, unneeded
 from .sizes import Sizes, folder_bytes

@@ -13,7 +13,8 @@ would replay everything and then stop with FATAL.
 from __future__ import annotations
 
 from .index import ArchiveIndex
-from .plan import Refusal, RefusedError, RestorePlan, reachable_end
+from .plan import Refusal, RefusedError, RestorePlan
+from .reach import reachable_end
 from .waldump import WalScanner
 
 

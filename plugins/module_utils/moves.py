@@ -25,8 +25,9 @@ from .catalog import Backup
 from .errors import PitrError
 from .index import ArchiveIndex, scan
 from .instance import Instance
-from .plan import Location, Refusal, RefusedError, plan, reachable_end, spans_from, target_timeline
+from .plan import Location, Refusal, RefusedError, plan, target_timeline
 from .postgres import ControlData, Login, control_data, effective_setting
+from .reach import reachable_end, spans_from
 from .recovery import Progress, Recovery, replayed_timeline
 from .repository import ClusterFolder
 from .target import RecoveryTarget

@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .catalog import Backup, broken_chains, chain
 from .errors import PitrError
 from .index import ArchiveIndex
+from .nearest import Nearest, timelines_with_backups
+from .reach import MAX_NAMED, carries, needed_spans, reachable_end
 from .target import RecoveryTarget, format_time
 from .timeline import Span, TimelineTree
 from .wal import Lsn, history_name
-
-MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,21 @@ class RefusedError(PitrError):
 
 @dataclass(frozen=True)
 class Location:
-    """Where a commit or a restore point lies in the WAL. ``lsn`` is the start of its record."""
+    """Where a transaction's end or a restore point lies in the WAL. ``lsn`` is the start of its record."""
 
     lsn: Lsn
     timeline: int
     time: datetime.datetime | None = None
+    committed: bool = True
 
 
 @dataclass(frozen=True)
 class RestorePlan:
     """What a restore would do. Segment numbers are inclusive; ``wal_bytes`` counts whole segments.
 
-    ``from_receiver``: segments that come from a receiver's spool, because the archive does not have them yet;
-    ``at_least``: the start of the last record in them, which a recovery to the end has to come to.
+    ``from_receiver`` and ``from_pg_wal``: segments that come from a receiver's spool, or from the pg_wal of the server
+    that has died, because the archive does not have them yet; ``at_least``: the start of the last record in them, which
+    a recovery to the end has to come to. ``looked``: what this host, and the server that was backed up, add to it.
     """
 
     backup: Backup
@@ -84,6 +86,7 @@ class RestorePlan:
     end_lsn: Lsn
     notes: tuple[str, ...] = ()
     from_receiver: tuple[str, ...] = ()
+    from_pg_wal: tuple[str, ...] = ()
     at_least: Lsn | None = None
     # Where the target is in the WAL, when that is known: the LSN itself, or the start of the transaction's end or the
     # restore point.
@@ -92,6 +95,12 @@ class RestorePlan:
     chain: tuple[Backup, ...] = ()
     # Whether the directory that is there is changed in place (delta.py) instead of being moved aside.
     in_place: bool = False
+    looked: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def from_elsewhere(self) -> tuple[str, ...]:
+        """Segments that are not archived, in order."""
+        return tuple(sorted((*self.from_receiver, *self.from_pg_wal)))
 
     def to_dict(self) -> dict[str, Any]:
         """For a module's result."""
@@ -123,9 +132,11 @@ class RestorePlan:
             "backup_bytes": self.backup.directory_bytes,
             "in_place": self.in_place,
             "from_receiver": list(self.from_receiver),
+            "from_pg_wal": list(self.from_pg_wal),
             "at_least": str(self.at_least) if self.at_least is not None else None,
             "target_lsn": str(self.target_lsn) if self.target_lsn is not None else None,
             "notes": list(self.notes),
+            **self.looked,
         }
 
 
@@ -136,13 +147,15 @@ def plan(
     choice: str = "auto",
     damaged: Mapping[str, str] | None = None,
     location: Location | None = None,
-    last_commit: datetime.datetime | None = None,
+    last_commit: datetime.datetime | Mapping[str, datetime.datetime] | None = None,
+    nearby: str = "",
 ) -> RestorePlan:
     """Decide. ``choice`` is auto, latest or a label; ``damaged`` maps labels to what is wrong with them.
 
-    ``location`` is where an xid or name target was found. ``last_commit`` is the time of the last transaction that can
-    be replayed, without a hole, from the newest backup that stopped before a time target; None when it is not known.
-    Raises RefusedError with every reason.
+    ``location`` is where an xid or name target was found; when it was not, ``nearby`` is what there is of its kind.
+    ``last_commit`` is the time of the last transaction that can be replayed, without a hole, from the newest backup
+    that stopped before a time target, or such times by the backups' labels; None when it is not known. Raises
+    RefusedError with every reason.
     """
     damaged = damaged or {}
     tree = index.tree
@@ -150,31 +163,95 @@ def plan(
         raise RefusedError(
             [Refusal("no_backup", "The repository holds no base backup of this cluster.", "Take one first.")]
         )
-    timeline = target_timeline(target, tree, backups, choice)
-    related = candidates(backups, tree, timeline, choice)
+    refusals: list[Refusal] = []
+    try:
+        chosen(backups, choice)
+    except RefusedError as error:
+        # What else is wrong is told of the backup that would be chosen without that.
+        refusals += error.refusals
+        choice = "auto"
+    try:
+        timeline = target_timeline(target, tree, backups, choice)
+        related = candidates(backups, tree, timeline, choice)
+    except RefusedError as error:
+        raise RefusedError([*refusals, *error.refusals]) from None
     damaged = broken_chains(backups, damaged)
     whole = [backup for backup in related if backup.label not in damaged]
     if not whole:
         named = "; ".join(f"{backup.label}: {damaged[backup.label]}" for backup in related)
-        raise RefusedError([Refusal("backup_damaged", f"No whole backup is left to begin with: {named}.")])
+        others = [each.label for each in backups if each.label not in damaged and each not in related]
+        nearest = f"Whole are: {', '.join(others[-MAX_NAMED:])}." if others else ""
+        refusals.append(Refusal("backup_damaged", f"No whole backup is left to begin with: {named}.", nearest))
+        raise RefusedError(refusals)
+    fitting = [backup for backup in whole if _ends_before(backup, target, location)]
+    fitting.sort(key=lambda item: (item.stop_lsn, item.started_at), reverse=True)
+    commits: Mapping[str, datetime.datetime]
+    if isinstance(last_commit, Mapping):
+        commits = last_commit
+    else:
+        commits = {each.label: last_commit for each in fitting} if last_commit is not None else {}
+    points = Nearest(whole, index, timeline, commits)
     if location is None and target.kind in ("xid", "name"):
         kind = "transaction" if target.kind == "xid" else "restore point"
         value = target.xid if target.kind == "xid" else f"'{target.name}'"
         code = "target_not_in_archive"
         message = f"The {kind} {value} is not in the archived WAL of timeline {timeline} after the oldest whole backup."
-        raise RefusedError([Refusal(code, message, _window(whole, index, timeline, last_commit))])
-    fitting = [backup for backup in whole if _ends_before(backup, target, location)]
+        raise RefusedError([*refusals, Refusal(code, message, f"{nearby} {points.window()}".strip())])
     if not fitting:
         code = "target_before_first_backup" if choice == "auto" else "target_before_backup"
         oldest = min(whole, key=lambda backup: backup.stop_lsn)
         message = (
             f"The target {target} lies before the end of the {'oldest usable' if choice == 'auto' else 'chosen'} backup"
         )
-        nearest = f"The earliest restorable point is {format_time(oldest.stopped_at)}, LSN {oldest.stop_lsn}."
-        raise RefusedError([Refusal(code, message + f" ({oldest.label}).", nearest)])
-    backup = max(fitting, key=lambda item: (item.stop_lsn, item.started_at))
-    result = _with_wal(backup, index, target, timeline, location, last_commit, damaged)
-    return replace(result, chain=chain(backup, {each.label: each for each in backups}))
+        nearest = points.first(whole)
+        if choice != "auto":
+            usable = [each for each in candidates(backups, tree, timeline, "auto") if each.label not in damaged]
+            earlier = sorted((b for b in usable if _ends_before(b, target, location)), key=lambda b: b.stop_lsn)
+            nearest = f"{nearest} {Nearest(usable, index, timeline, {}).without_choice(earlier)}".strip()
+        raise RefusedError([*refusals, Refusal(code, message + f" ({oldest.label}).", nearest)])
+    try:
+        result = _first_that_works(fitting, index, target, timeline, location, commits, damaged, points)
+    except RefusedError as error:
+        raise RefusedError([*refusals, *error.refusals]) from None
+    if refusals:
+        raise RefusedError(refusals)
+    return replace(result, chain=chain(result.backup, {each.label: each for each in backups}))
+
+
+def _first_that_works(
+    fitting: Sequence[Backup],
+    index: ArchiveIndex,
+    target: RecoveryTarget,
+    timeline: int,
+    location: Location | None,
+    commits: Mapping[str, datetime.datetime],
+    damaged: Mapping[str, str],
+    points: Nearest,
+) -> RestorePlan:
+    """The plan of the newest of these backups (newest first) whose WAL is there. Raises the newest one's refusals.
+
+    A backup that began later than the newest ended can be: two were taken at a time. It needs less WAL, and where the
+    target is a point in time that all of them come to, it will do as well.
+    """
+    first: RefusedError | None = None
+    for backup in fitting:
+        if first is not None and (target.kind == "immediate" or backup.start_lsn <= fitting[0].start_lsn):
+            # It would need what is missing, too; or be another point.
+            continue
+        try:
+            result = _with_wal(backup, index, target, timeline, location, commits.get(backup.label), damaged, points)
+        except RefusedError as error:
+            first = first or error
+            continue
+        if first is not None and target.kind == "latest" and result.end_lsn < fitting[0].stop_lsn:
+            # Less than the newest one has itself is not the latest.
+            continue
+        if first is not None:
+            note = f"backup {fitting[0].label} is passed over: {first.refusals[0].message}"
+            result = replace(result, notes=(*result.notes, note))
+        return result
+    assert first is not None
+    raise first
 
 
 def target_timeline(target: RecoveryTarget, tree: TimelineTree, backups: Sequence[Backup], choice: str) -> int:
@@ -200,8 +277,8 @@ def target_timeline(target: RecoveryTarget, tree: TimelineTree, backups: Sequenc
     return number
 
 
-def candidates(backups: Sequence[Backup], tree: TimelineTree, timeline: int, choice: str) -> list[Backup]:
-    """Backups that are part of the timeline's past, narrowed to what was asked for."""
+def chosen(backups: Sequence[Backup], choice: str) -> Sequence[Backup]:
+    """The backups that were asked for. Raises RefusedError when there is none of that label."""
     if choice not in ("auto", "latest"):
         named = [backup for backup in backups if backup.label == choice]
         if not named:
@@ -209,14 +286,22 @@ def candidates(backups: Sequence[Backup], tree: TimelineTree, timeline: int, cho
             raise RefusedError(
                 [Refusal("backup_not_found", f"There is no backup '{choice}'.", f"There are: {labels}.")]
             )
-        backups = named
-    if choice == "latest":
-        backups = [max(backups, key=lambda backup: backup.stopped_at)]
+        return named
+    return [max(backups, key=lambda backup: backup.stopped_at)] if choice == "latest" else backups
+
+
+def candidates(backups: Sequence[Backup], tree: TimelineTree, timeline: int, choice: str) -> list[Backup]:
+    """Backups that are part of the timeline's past, narrowed to what was asked for."""
+    everything = backups
+    backups = chosen(backups, choice)
     related = [backup for backup in backups if tree.contains(timeline, backup.timeline, backup.stop_lsn)]
     if not related:
         where = ", ".join(f"{backup.label} on timeline {backup.timeline}" for backup in backups[-MAX_NAMED:])
         message = f"No base backup leads to timeline {timeline}. The backups are: {where}."
-        raise RefusedError([Refusal("no_backup_on_timeline", message, "Name another recovery_target_timeline.")])
+        leads_to = timelines_with_backups(everything, tree)
+        nearest = "Name another recovery_target_timeline"
+        nearest += f": backups lead to {', '.join(map(str, leads_to))}." if leads_to else "."
+        raise RefusedError([Refusal("no_backup_on_timeline", message, nearest)])
     return related
 
 
@@ -229,63 +314,6 @@ def _ends_before(backup: Backup, target: RecoveryTarget, location: Location | No
     if location is not None:
         return backup.stop_lsn <= location.lsn
     return True
-
-
-def needed_spans(backup: Backup, tree: TimelineTree, timeline: int) -> list[Span]:
-    """The spans from the backup's start to the end of ``timeline``."""
-    return spans_from(backup.start_lsn, tree, timeline)
-
-
-def spans_from(start: Lsn, tree: TimelineTree, timeline: int) -> list[Span]:
-    """The spans from this position to the end of ``timeline``. Raises PitrError when its history file is missing."""
-    spans = [span for span in tree.path(timeline) if span.end is None or span.end > start]
-    first = spans[0]
-    return [Span(first.timeline, start, first.end), *spans[1:]]
-
-
-def reachable_end(backup: Backup, index: ArchiveIndex, timeline: int) -> tuple[int, int, list[tuple[int, int]]]:
-    """How far the archive's WAL reaches without a hole from this backup along ``timeline``.
-
-    Returns the number of the last segment, how many segments there are, and the missing ones as (timeline, number), at
-    most MAX_NAMED + 1 of them. At a switch the segment is wanted from the new timeline, or from the old when the new
-    one has archived nothing, which is how XLogFileReadAnyTLI looks for it; _passes_switch tells when that will do.
-    """
-    size = index.segment_size
-    missing: list[tuple[int, int]] = []
-    number = backup.start_lsn.segment_number(size)
-    first = number
-    spans = needed_spans(backup, index.tree, timeline)
-    for position, span in enumerate(spans):
-        if span.end is not None:
-            last_of_span = span.end.segment_number(size) - 1
-        else:
-            last_of_span = max(index.last(span.timeline) or 0, backup.stop_lsn.previous_segment_number(size))
-            begin = span.begin.segment_number(size)
-            if position and index.has(spans[position - 1].timeline, begin):
-                # Promoted, but nothing archived yet on the new timeline: the parent's segment has all up to the switch.
-                last_of_span = max(last_of_span, begin)
-        while number <= last_of_span and len(missing) <= MAX_NAMED:
-            end = index.run_end(span.timeline, number)
-            at_switch = position > 0 and number == span.begin.segment_number(size)
-            # The parent's will do only while the new timeline has nothing later: that would be a hole.
-            if end is None and at_switch and span.end is None and (index.last(span.timeline) or 0) < number:
-                end = number if index.has(spans[position - 1].timeline, number) else None
-            if end is None and carries(backup, index, span.timeline, number):
-                end = number
-            if end is None:
-                missing.append((span.timeline, number))
-                end = number
-            number = min(end, last_of_span) + 1
-    reached = number - 1
-    return reached, reached - first + 1, missing
-
-
-def carries(backup: Backup, index: ArchiveIndex, timeline: int, number: int) -> bool:
-    """Whether an offline backup's own copy of a segment will do, which the archive does not have (offline.py).
-
-    It ends with the shutdown. When the archive has anything later, what the server wrote into it afterwards is missing.
-    """
-    return index.name(timeline, number) in backup.own_wal and (index.last(timeline) or 0) < number
 
 
 def segment_names(result: RestorePlan, index: ArchiveIndex) -> Iterator[str]:
@@ -343,6 +371,7 @@ def _with_wal(
     location: Location | None,
     last_commit: datetime.datetime | None,
     damaged: Mapping[str, str],
+    points: Nearest,
 ) -> RestorePlan:
     """Check the WAL that the chosen backup needs and complete the plan."""
     size = index.segment_size
@@ -366,16 +395,16 @@ def _with_wal(
     if in_the_way:
         names = [index.name(tli, number) for tli, number in in_the_way[:MAX_NAMED]]
         more = " and more" if len(in_the_way) > MAX_NAMED else ""
-        end = Lsn(in_the_way[0][1] * size)
-        nearest = (
-            f"WAL is whole up to LSN {end}." if end >= backup.stop_lsn else "This backup cannot be made consistent."
-        )
+        hole = in_the_way[0][1]
+        inside = hole * size < backup.stop_lsn
+        other = points.consistent_elsewhere(backup) if inside else points.behind_hole(hole)
         message = f"The archive has a hole: {', '.join(names)}{more} missing, needed after backup {backup.label}."
+        nearest = f"{points.before_hole(backup, hole, target)} {other}".strip()
         refusals.append(Refusal("archive_gap", message, nearest))
-    elif last > last_there:
+    if last > last_there and not (in_the_way and len(missing) > MAX_NAMED):
         message = f"The target {target} lies after the end of the archive."
-        refusals.append(Refusal("target_beyond_archive", message, _window([backup], index, timeline, last_commit)))
-    elif target.lsn is not None and carries(backup, index, timeline, last):
+        refusals.append(Refusal("target_beyond_archive", message, points.window()))
+    elif target.lsn is not None and not in_the_way and carries(backup, index, timeline, last):
         # PostgreSQL stops at a record from there on, and there is none.
         message = f"The target {target} lies after the end of the archive: it has no WAL since the offline backup."
         nearest = (
@@ -388,11 +417,11 @@ def _with_wal(
             " before a record, and there is no WAL since then."
         )
         refusals.append(Refusal("target_beyond_archive", message, "With recovery_target_action: promote it works."))
-    elif target.time is not None and last_commit is not None and not _stops_before(target, last_commit):
+    if target.time is not None and not in_the_way and last_commit and not _stops_before(target, last_commit):
         message = f"The target {target} is not before the last transaction in the archive."
         nearest = f"The latest restorable time is just before {format_time(last_commit)}; 'latest' restores everything."
         refusals.append(Refusal("target_beyond_archive", message, nearest))
-    elif borrowed and comes_to_switch and _passes_switch(target, location, last_commit, switch):
+    elif borrowed and not refusals and comes_to_switch and _passes_switch(target, location, last_commit, switch):
         parent = spans[-2].timeline
         message = (
             f"Timeline {timeline} began at LSN {switch} and has archived no WAL yet; PostgreSQL would go on with WAL of"
@@ -423,15 +452,3 @@ def _with_wal(
         target_lsn=target.lsn if location is None else location.lsn,
         notes=tuple(notes),
     )
-
-
-def _window(
-    backups: Sequence[Backup], index: ArchiveIndex, timeline: int, last_commit: datetime.datetime | None
-) -> str:
-    """What can be restored, in words."""
-    oldest = min(backups, key=lambda backup: backup.stop_lsn)
-    last, _count, _missing = reachable_end(oldest, index, timeline)
-    until = f"LSN {Lsn((last + 1) * index.segment_size)}"
-    if last_commit is not None:
-        until += f", last transaction {format_time(last_commit)}"
-    return f"Restorable is from {format_time(oldest.stopped_at)}, LSN {oldest.stop_lsn}, to {until}."

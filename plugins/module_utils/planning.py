@@ -4,65 +4,49 @@
 
 """From a request to a plan: what is there is looked at, and nothing is changed anywhere.
 
-The decision itself is the pure function of plan.py; what it cannot know of this host, of the keys, and of the WAL
-beyond the archive's end is asked here.
+The decision itself is the pure function of plan.py; what it cannot know of this host (hostcheck.py), of the keys, of
+where a target lies in WAL (locate.py), and of the WAL beyond the archive's end (beyond.py) is asked here. Whatever can
+be known is told at once, also when the target alone is reason enough to refuse.
 """
 
 from __future__ import annotations
 
-import datetime
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from . import combine, delta, extract, keep_out, places, tail
+from . import extract, inplace, places, rates
 from .backup import damaged_backups, stored_backups
-from .catalog import Backup, broken_chains
+from .beyond import Beyond
+from .catalog import Backup, broken_chains, chain
 from .encryption import LockedError, by_recipients, check_identity, recipients_id, try_identity
 from .errors import PitrError
+from .hostcheck import check_directory, check_host, check_space, room, told
 from .index import ArchiveIndex, scan
 from .lastrecord import check_lsn
-from .plan import (
-    Location,
-    Refusal,
-    RefusedError,
-    RestorePlan,
-    candidates,
-    needed_spans,
-    plan,
-    reachable_end,
-    segment_names,
-    target_timeline,
-)
-from .postgres import binary_version, control_data, data_version, effective_setting, running_pid
+from .locate import Found, Locator
+from .plan import Refusal, RefusedError, RestorePlan, candidates, chosen, plan, segment_names, target_timeline
 from .repository import ClusterFolder
 from .request import Request
-from .tail import Tail
 from .target import RecoveryTarget
-from .timeline import Span
-from .unfinished import foreign_content, half_done_delta, left_behind
-from .wal import Lsn, WalFile
-from .waldump import WalScanner
+from .wal import WalFile
 
-# Refusals that WAL beyond the archive's end may turn into a plan.
-_FOR_WANT_OF_WAL = ("target_beyond_archive", "target_not_in_archive", "timeline_not_archived", "archive_gap")
+# Refusals for want of a key: what else cannot be decrypted is no further news.
+_KEYS = ("identity_missing", "identity_wrong", "identity_unusable", "age_missing")
 
 
 class Planner:
     """One request, looked at.
 
     After :meth:`plan`, ``folder`` is the opened folder of the cluster, ``chapter`` the chapter that is restored from,
-    ``tail`` what a receiver has beyond the archive's end, and ``wal_directory`` where pg_wal goes (places.py).
+    ``beyond`` what there is beyond the archive's end, and ``wal_directory`` where pg_wal goes (places.py).
     """
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._refusals: list[Refusal] = []
         self.wal_directory = ""
-        # Whether there is a directory that a delta restore would change in place.
-        self._in_place = False
 
     def plan(self) -> RestorePlan:
         """Decide without touching anything. Raises RefusedError with every reason that can be known now."""
@@ -74,36 +58,33 @@ class Planner:
         except PitrError as error:
             raise RefusedError([*self._refusals, Refusal("repository", error.message)]) from None
         self.folder = folder
-        self._check_directory(folder)
+        in_the_way = list(check_directory(self._request, self.chapter, folder.name))
+        self._refusals += in_the_way
+        # Whether there is a directory that a delta restore would change in place.
+        in_place = not in_the_way and inplace.applies(self._request, self.chapter.system_identifier)
         backups = [b for b in stored_backups(folder) if b.system_identifier == self.chapter.system_identifier]
-        result = None
-        self.tail: Tail | None = None
-        if target is not None:
-            try:
-                index = scan(folder, self.chapter)
-                damaged = broken_chains(backups, damaged_backups(folder, backups))
-                self._look_at_tail(target, backups, index)
-                location, last_commit = self._locate(target, backups, index, damaged)
-                result = plan(backups, index, target, self._request.backup, damaged, location, last_commit)
-                result = self._with_tail(result, index)
-                check_lsn(result, index, self._scanner(index))
-                self._check_host(result)
-                self._check_keys(result, index)
-            except RefusedError as error:
-                self._refusals += [self._hint(refusal, index) for refusal in error.refusals]
-            except LockedError as error:
-                self._refuse(error.code, error.message, self._whose(error.detail.get("recipients")))
+        damaged = broken_chains(backups, damaged_backups(folder, backups))
+        index = scan(folder, self.chapter)
+        self.beyond = Beyond(self._request, folder, self.chapter)
+        result = self._decide(target, backups, damaged, index) if target is not None else None
+        backup = result.backup if result is not None else self._likely(backups, damaged)
+        if backup is None:
+            raise RefusedError(self._refusals)
+        links = chain(backup, {each.label: each for each in backups})
+        if not in_place:
+            self.wal_directory = places.wal_directory(self._request, backup)
+        self._refusals += check_host(self._request, links, self.chapter, self.wal_directory, in_place)
+        tail_bytes = len(result.from_elsewhere) * index.segment_size if result is not None else 0
+        wal_bytes = result.wal_bytes if result is not None else 0
+        filesystems = room(self._request, links, wal_bytes, tail_bytes, self.wal_directory)
+        self._refusals += check_space(self._request, self.chapter, filesystems, in_place)
+        self._check_keys(links, result, index)
         if self._refusals or result is None:
             raise RefusedError(self._refusals)
-        if self._request.delta:
-            result = self._with_delta(result)
-        if self.wal_directory:
-            note = f"pg_wal will be a link to the new directory {self.wal_directory}"
-            present = os.path.join(self._request.pgdata, places.PG_WAL)
-            if os.path.islink(present):
-                note += f"; {os.path.realpath(present)}, where it leads now, stays as it is"
-            result = replace(result, notes=(*result.notes, note))
-        return result
+        result = replace(result, in_place=in_place)
+        looked, notes = told(self._request, result, filesystems, self.wal_directory)
+        looked["estimate"] = rates.estimate(rates.path_of(folder), backup, result.wal_bytes)
+        return replace(result, looked={**result.looked, **looked}, notes=(*result.notes, *notes))
 
     def _refuse(self, code: str, message: str, nearest: str = "") -> None:
         self._refusals.append(Refusal(code, message, nearest))
@@ -115,312 +96,88 @@ class Planner:
             self._refuse("target", error.message)
             return None
 
-    def _check_directory(self, folder: ClusterFolder) -> None:
-        """May this directory be replaced?"""
-        pgdata = self._request.pgdata
+    def _decide(
+        self, target: RecoveryTarget, backups: list[Backup], damaged: Mapping[str, str], index: ArchiveIndex
+    ) -> RestorePlan | None:
+        """The plan as far as repository and target go, or None and refusals."""
         try:
-            found = os.listdir(pgdata)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            self._refuse("directory_unreadable", f"{pgdata} cannot be read: {error.strerror}.")
-            return
-        pid = running_pid(pgdata)
-        if pid is not None:
-            message = f"A server is running in {pgdata} (process {pid})."
-            self._refuse("server_running", message, "Stop it first: pg_ctl stop -D, or its service.")
-            return
-        if not found:
-            return
-        killed = left_behind(pgdata, self.chapter.system_identifier)
-        if killed is not None:
-            self._in_place = self._request.delta and bool(killed)
-            if combine.is_busy(pgdata):
-                message = f"A restore into {pgdata} still combines backups: another one, or what a killed one has left."
-                self._refuse("restore_running", message, "Wait until pg_combinebackup has ended.")
-            if half_done_delta(killed) and not (self._request.delta or self._request.force):
-                message = f"{pgdata} is what a delta restore of this cluster has left half-way; no server can start."
-                self._refuse("directory_not_empty", message, "Repeat it with delta; with force it is moved aside.")
-            return
-        if "PG_VERSION" not in found or data_version(pgdata) is None:
-            self._refuse(
-                "directory_foreign", f"{pgdata} is not empty and not a data directory. It will not be touched."
+            self._look_beyond(target, backups, index)
+            found = self._locate(target, backups, index, damaged)
+            result = plan(
+                backups, index, target, self._request.backup, damaged, found.location, found.commits, found.nearby
             )
-            return
+            result = replace(result, notes=(*found.notes, *result.notes))
+            result = self.beyond.complete(result, index)
+            check_lsn(result, index, self.beyond.scanner(index))
+            return result
+        except RefusedError as error:
+            self._refusals += [self.beyond.hint(refusal, index) for refusal in error.refusals]
+        except LockedError as error:
+            self._refuse(error.code, error.message, self._whose(error.detail.get("recipients")))
+        return None
+
+    def _choice(self, backups: list[Backup]) -> str:
+        """What was asked for, or auto when there is no such backup: what else is wrong shall be told as well."""
         try:
-            identifier = control_data(self._request.bin_dir, pgdata).system_identifier
-        except PitrError as error:
-            message = f"{pgdata} is not empty, and it cannot be told which cluster it is: {error.message}"
-            self._refuse("directory_foreign", message, "Move it away yourself.")
-            return
-        if identifier != self.chapter.system_identifier:
-            message = (
-                f"{pgdata} is the cluster with system identifier {identifier}, the repository's cluster"
-                f" '{folder.name}' is {self.chapter.system_identifier}."
-            )
-            self._refuse("directory_foreign", message, "force does not change that; restore to another directory.")
-        elif not self._request.force:
-            message = f"{pgdata} is not empty: it is this cluster's own data directory."
-            aside = "With force it is moved aside, not removed."
-            in_place = "With force and delta it is changed in place, and what it is now is lost."
-            self._refuse("directory_not_empty", message, in_place if self._request.delta else aside)
-        elif self._request.delta:
-            self._in_place = True
-        elif os.path.ismount(pgdata):
-            message = f"{pgdata} is a mount point and cannot be moved aside."
-            self._refuse(
-                "directory_mount_point",
-                message,
-                "Move its content away yourself and restore into the empty directory, or restore in place with delta.",
-            )
+            chosen(backups, self._request.backup)
+        except RefusedError:
+            return "auto"
+        return self._request.backup
 
-    def _locate(
-        self, target: RecoveryTarget, backups: list[Any], index: ArchiveIndex, damaged: Mapping[str, str]
-    ) -> tuple[Location | None, datetime.datetime | None]:
-        """Look into the WAL for what the catalog cannot tell: where an xid or a name is, when the last commit was."""
-        if not backups or target.kind not in ("time", "xid", "name"):
-            return None, None
-        timeline = target_timeline(target, index.tree, backups, self._request.backup)
-        related = candidates(backups, index.tree, timeline, self._request.backup)
-        whole = sorted((b for b in related if b.label not in damaged), key=lambda b: b.stop_lsn, reverse=True)
-        scanner = self._scanner(index)
-        until: int | None = None
-        for backup in whole:
-            if target.time is not None and backup.stopped_at > target.time:
-                # The plan will begin with an older one, and what that one reaches is the question.
-                continue
-            spans = needed_spans(backup, index.tree, timeline)
-            last, _count, missing = reachable_end(backup, index, timeline)
-            if missing:
-                # What lies behind a hole cannot be reached from this backup.
-                last = min(number for _tli, number in missing) - 1
-            if target.kind == "time":
-                record = scanner.last_transaction(spans, last)
-                # Without any, none is later than (or, for an exclusive target, at) a time this backup can be used for.
-                none = backup.stopped_at - datetime.timedelta(microseconds=1)
-                return None, record.time if record else none
-            end = last if until is None else min(last, until)
-            if target.xid is not None:
-                found = scanner.find_xid(spans, end, target.xid)
-            else:
-                found = scanner.find_name(spans, end, target.name or "")
-            if found is not None:
-                return found, None
-            until = backup.stop_lsn.segment_number(index.segment_size)
-        return None, None
+    def _likely(self, backups: list[Backup], damaged: Mapping[str, str]) -> Backup | None:
+        """The backup that would be taken if the target were right: the host can be looked at for it."""
+        if not backups:
+            return None
+        among = [b for b in chosen(backups, self._choice(backups)) if b.label not in damaged]
+        return max(among, key=lambda backup: backup.stopped_at, default=None)
 
-    def _scanner(self, index: ArchiveIndex) -> WalScanner:
-        return WalScanner(self.folder, self.chapter, index, self._request.bin_dir, self.tail)
-
-    def _look_at_tail(self, target: RecoveryTarget, backups: list[Any], index: ArchiveIndex) -> None:
-        """What a receiver has beyond the archive's end; with ``use_partial`` it counts as archived from here on."""
+    def _look_beyond(self, target: RecoveryTarget, backups: list[Backup], index: ArchiveIndex) -> None:
         if not backups or target.kind == "immediate":
             return
-        timeline = target_timeline(target, index.tree, backups, self._request.backup)
-        self.tail = tail.look(self.folder, self.chapter, index, timeline)
-        if self._request.use_partial:
-            self._add_tail(index)
-
-    def _add_tail(self, index: ArchiveIndex) -> None:
-        for name in self.tail.names if self.tail else ():
-            wal_file = WalFile.parse(name)
-            index.add(wal_file.timeline, wal_file.number(index.segment_size))
-
-    def tail_reach(self, index: ArchiveIndex, local: str = "") -> Lsn | None:
-        """Start of the last whole record in the receiver's segments, which are in ``index``."""
-        if self.tail is None or not self.tail.names:
-            return None
-        size = index.segment_size
-        first, last = (WalFile.parse(self.tail.names[at]).number(size) for at in (0, -1))
-        span = Span(self.tail.timeline, Lsn(first * size), None)
-        record = self._scanner(index).last_record([span], last, local)
-        return record.lsn if record is not None else None
-
-    def _with_tail(self, result: RestorePlan, index: ArchiveIndex) -> RestorePlan:
-        """Say what comes from the receiver, or what could."""
-        found = self.tail
-        if found is None:
-            return result
-        notes = [f"the receiver's spool: {found.problem}"] if found.problem else []
-        if found.names and not self._request.use_partial and result.target.kind == "latest":
-            notes.append(self._offer(index))
-        size = index.segment_size
-        last = WalFile.parse(result.last_segment).number(size)
-        used = tuple(name for name in found.names if WalFile.parse(name).number(size) <= last)
-        if not self._request.use_partial or not used or result.timeline != found.timeline:
-            return replace(result, notes=(*result.notes, *notes))
-        reach = self.tail_reach(index)
-        lsn = result.target.lsn
-        if lsn is not None and (reach is None or reach < lsn):
-            message = f"The target {result.target} lies after the last record that the receiver has."
-            nearest = f"That one begins at LSN {reach}." if reach is not None else "There is no whole record in it."
-            raise RefusedError([Refusal("target_beyond_archive", message, nearest)])
-        notes.append(
-            f"{', '.join(used)} from the receiver's spool, not archived yet; the last record there begins at LSN"
-            f" {reach}"
-        )
-        at_least = reach if result.target.kind == "latest" else None
-        return replace(result, notes=(*result.notes, *notes), from_receiver=used, at_least=at_least)
-
-    def _offer(self, index: ArchiveIndex) -> str:
-        """What ``use_partial`` would add. ``index`` is not used any more afterwards."""
-        self._add_tail(index)
-        names = self.tail.names if self.tail else ()
-        return (
-            f"the receiver's spool holds WAL that is not archived yet: {', '.join(names)}, its last record begins at"
-            f" LSN {self.tail_reach(index)}; use_partial (restore_use_partial) would replay it"
-        )
-
-    def _hint(self, refusal: Refusal, index: ArchiveIndex) -> Refusal:
-        """A refusal that may be due to WAL which only the receiver has says so."""
-        offered = self.tail is not None and self.tail.names and not self._request.use_partial
-        if not offered or refusal.code not in _FOR_WANT_OF_WAL:
-            return refusal
-        names = ", ".join(self.tail.names) if self.tail else ""
-        hint = f"The receiver's spool has {names}, not archived yet; use_partial (restore_use_partial) would replay it."
-        return replace(refusal, nearest=f"{refusal.nearest} {hint}".strip())
-
-    def _check_host(self, result: RestorePlan) -> None:
-        """Can this host run what would be restored?"""
-        request = self._request
-        version = binary_version(request.bin_dir)
-        if version != result.backup.postgresql_version:
-            message = f"The backup is of PostgreSQL {result.backup.postgresql_version}, {request.bin_dir} is {version}."
-            self._refuse("version", message, "Point bin_dir at the same major version.")
-        if not os.access(request.wal_command, os.X_OK):
-            message = f"{request.wal_command} is not an executable file, so WAL could not be fetched."
-            self._refuse("wal_command", message, "The module pgdrill.pitr.wal_command installs it.")
-        existing = os.path.dirname(request.pgdata)
-        while not os.path.isdir(existing):
-            existing = os.path.dirname(existing)
-        if not os.access(existing, os.W_OK):
-            self._refuse(
-                "not_writable", f"{existing} cannot be written by this user, so {request.pgdata} cannot be created."
-            )
-        space = os.statvfs(existing)
-        free = space.f_bavail * space.f_frsize
-        needed = combine.needed_bytes(result.chain, existing) + 4 * result.backup.wal_segment_size
-        nearest = "The old directory is kept beside the new one until you remove it."
-        if self._in_place:
-            needed -= delta.reusable_bytes(
-                request.pgdata, request.locations(result.backup), result.backup.postgresql_version
-            )
-            nearest = "What the old directory takes is counted in; make room for the rest."
-        if free < needed:
-            message = f"{existing} has {free // 2**20} MiB free, the restore needs {needed // 2**20} MiB."
-            self._refuse("space", message, nearest)
-        unknown = set(request.tablespace_mapping) - {t.location for t in result.backup.tablespaces}
-        if unknown:
-            known = ", ".join(t.location for t in result.backup.tablespaces) or "none"
-            message = f"tablespace_mapping names {', '.join(sorted(unknown))}; the backup's tablespaces are: {known}."
-            self._refuse("tablespace_unknown", message)
-        marker = left_behind(request.pgdata, self.chapter.system_identifier) or {}
-        killed = marker.get("locations", [])
-        locations = request.locations(result.backup)
-        if not self._in_place:
-            self.wal_directory = places.wal_directory(request, result.backup)
-        elif request.pg_wal_directory and not places.leads_to(request.pgdata, request.pg_wal_directory):
-            message = f"A delta restore leaves pg_wal where it is, and {request.pg_wal_directory} is not there."
-            self._refuse("delta_pg_wal", message, "Leave out pg_wal_directory, or delta.")
-        self._refusals += places.check_tablespaces(request, locations)
-        self._refusals += places.check_wal_directory(request, self.wal_directory, locations, marker.get("pg_wal", ""))
-        own = self._check_in_place(result, marker) if self._in_place else set()
-        for location in set(locations.values()) - own:
-            if os.path.isdir(location) and foreign_content(location, location in killed):
-                message = f"The tablespace directory {location} is not empty."
-                self._refuse("tablespace_not_empty", message, "Map it to an empty one with tablespace_mapping.")
-        if request.config_dir and not os.path.exists(os.path.join(request.config_dir, "postgresql.conf")):
-            self._refuse("config_dir", f"{request.config_dir} holds no postgresql.conf.")
-        elif request.keep_out:
-            self._check_keep_out()
-
-    def _check_keep_out(self) -> None:
-        """Can ordinary users be kept out? Of a file in the data directory only the place counts: the backup has it."""
-        request = self._request
         try:
-            keep_out.rules("", request.inspect_user, request.inspect_hba)
-        except PitrError as error:
-            self._refuse("keep_out", error.message)
-        if not os.path.exists(os.path.join(request.configuration, "postgresql.conf")):
+            timeline = target_timeline(target, index.tree, backups, self._choice(backups))
+        except RefusedError:
+            # The plan will say so.
             return
+        self.beyond.look(target, timeline, index)
+
+    def _locate(
+        self, target: RecoveryTarget, backups: list[Backup], index: ArchiveIndex, damaged: Mapping[str, str]
+    ) -> Found:
+        """Look into the WAL for what the catalog cannot tell: where an xid or a name is, when the last commit was."""
+        if not backups or target.kind not in ("time", "xid", "name"):
+            return Found()
         try:
-            hba_file = effective_setting(request.bin_dir, request.configuration, "hba_file")
-        except PitrError:
-            # Of the old directory it does not matter; of another one the restore says so, and puts everything back.
-            return
-        why = keep_out.problem(hba_file, [request.pgdata, request.configuration])
-        within = f"{os.path.realpath(hba_file)}/".startswith(f"{os.path.realpath(request.pgdata)}/")
-        if why and not within:
-            self._refuse(
-                "keep_out", f"Ordinary users cannot be kept out of the restored cluster: {why}.", keep_out.INSTEAD
-            )
+            timeline = target_timeline(target, index.tree, backups, self._choice(backups))
+            related = candidates(backups, index.tree, timeline, self._choice(backups))
+        except RefusedError:
+            return Found()
+        whole = [backup for backup in related if backup.label not in damaged]
+        return Locator(self.beyond.scanner(index), index, timeline, whole).find(target)
 
-    def _check_in_place(self, result: RestorePlan, found: Mapping[str, Any]) -> set[str]:
-        """May the directory be changed where it is? Returns the tablespaces' directories that are its own."""
-        pgdata = self._request.pgdata
-        if len(result.chain) > 1:
-            message = f"{result.backup.label} is an incremental backup, which a delta restore cannot begin with."
-            nearest = f"Restore without delta, or begin with the full backup {result.chain[0].label}."
-            self._refuse("delta_incremental", message, nearest)
-        if result.backup.own_wal:
-            message = (
-                f"{result.backup.label} was taken offline and brings WAL of its own, which a delta restore does not."
-            )
-            self._refuse("delta_offline", message, "Restore without delta, or begin with another backup.")
-        locations = self._request.locations(result.backup)
-        linked = {oid: target for oid, _link, target in delta.links(pgdata)}
-        own = {location for oid, location in locations.items() if linked.get(oid) == location}
-        known = [*found.get("locations", []), *found.get("delta", {}).get("locations", [])]
-        own |= {location for location in locations.values() if location in known}
-        used = delta.used_by_a_server(own | set(linked.values()), pgdata)
-        if used is not None:
-            message = f"The tablespace directory {used[0]} is in use by the server on {used[1]}."
-            nearest = f"{pgdata} is a copy of that directory. Restore without delta, and map the tablespaces elsewhere."
-            self._refuse("tablespace_in_use", message, nearest)
-        return own
-
-    def _with_delta(self, result: RestorePlan) -> RestorePlan:
-        """Say what is lost, for it cannot be undone."""
-        pgdata = self._request.pgdata
-        if not self._in_place:
-            note = f"delta: {pgdata} is empty, so that everything is written"
-            return replace(result, notes=(*result.notes, note))
-        notes = [
-            f"delta: {pgdata} is changed in place and not moved aside; there is no undo. Files that the backup does"
-            " not have, such as server logs in it, are removed"
-        ]
-        waiting = delta.unarchived(pgdata)
-        if waiting:
-            notes.append(f"delta: {waiting} segments in its pg_wal are finished and not archived; they are lost")
-        locations = self._request.locations(result.backup)
-        for oid, _link, target in delta.links(pgdata):
-            if oid not in locations:
-                notes.append(f"delta: the tablespace in {target} is not in the backup; its files are removed")
-            elif locations[oid] != target:
-                notes.append(f"delta: the tablespace in {target} goes to {locations[oid]}; the old files stay")
-        return replace(result, notes=(*result.notes, *notes), in_place=True)
-
-    def _check_keys(self, result: RestorePlan, index: ArchiveIndex) -> None:
+    def _check_keys(self, links: Sequence[Backup], result: RestorePlan | None, index: ArchiveIndex) -> None:
         """Can everything that is needed be decrypted here?
 
         Tried on the backup's manifest, and on one segment of each set of recipients among those that are needed.
         """
+        if any(refusal.code in _KEYS for refusal in self._refusals):
+            return
         tree = self.folder.tree
         if tree.identity:
             self._try("backup_damaged", lambda: check_identity(tree.identity))
             if f"{os.path.realpath(tree.identity)}/".startswith(f"{os.path.realpath(self._request.pgdata)}/"):
                 message = f"The identity file {tree.identity} lies in the data directory, which is replaced."
                 self._refuse("identity_unusable", message, "Keep it elsewhere.")
-        if self._refusals:
+        if any(refusal.code in (*_KEYS, "backup_damaged") for refusal in self._refusals):
             return
-        for link in result.chain:
-            if link.encryption and not self._refusals:
+        for link in links:
+            if link.encryption and not any(refusal.code in _KEYS for refusal in self._refusals):
                 self._try("backup_damaged", partial(self._try_manifest, link), link.encryption)
-        if not (self.folder.recipients or self.folder.former_recipients):
-            # None of the WAL can be encrypted.
+        if result is None or not (self.folder.recipients or self.folder.former_recipients):
+            # Not known which WAL, or none of it can be encrypted.
             return
-        chapter = self.folder.require(result.backup.system_identifier)
-        names = [name for name in segment_names(result, index) if name not in result.from_receiver]
+        chapter = self.folder.require(links[-1].system_identifier)
+        names = [name for name in segment_names(result, index) if name not in result.from_elsewhere]
         paths = [self.folder.wal_path(WalFile.parse(name), chapter) for name in names]
         try:
             found = by_recipients(tree, paths)

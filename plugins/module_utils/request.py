@@ -46,6 +46,8 @@ class Request:
     keep_out: bool = True
     inspect_user: str = "postgres"
     inspect_hba: tuple[str, ...] = ()
+    # Whose pg_wal has WAL beyond the archive's end: auto, none, or a path (deadwal.py).
+    dead_pg_wal: str = "auto"
     # How a repository on another host is reached: the settings of remote.SshTree.
     ssh: Mapping[str, str] = field(default_factory=dict)
     # Number of the chapter to restore from; the newest one when None.

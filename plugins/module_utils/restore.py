@@ -21,7 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from . import combine, extract, keep_out, locks, places, recovery_conf, tail
+from . import combine, extract, keep_out, locks, places, rates, recovery_conf, tail
+from .deadwal import REMEMBERED, dead_pgdata
 from .delta import Delta, Summary, exclusive, noted, recalled
 from .errors import PitrError
 from .extract import IN_PROGRESS
@@ -57,6 +58,8 @@ class Restore:
         self._request = request
         self._planner = Planner(request)
         self._hba_file = ""
+        # Where the server has died whose pg_wal is used (deadwal.py), also by a later restore in place of this one.
+        self._dead = ""
         # What tells files of this backup apart where its manifest does not (delta.noted).
         self._noted: dict[str, Any] = {}
 
@@ -64,25 +67,28 @@ class Restore:
         """Decide without touching anything. Raises RefusedError with every reason that can be known now."""
         return self._planner.plan()
 
-    def _bring_tail(self, result: RestorePlan) -> None:
-        """Copy what the receiver has into pg_wal, and look again how far it reaches."""
-        if not result.from_receiver or self._planner.tail is None:
+    def _bring_tail(self, result: RestorePlan, moved_aside: str) -> None:
+        """Copy what is not archived yet into pg_wal, and look again how far it reaches."""
+        beyond = self._planner.beyond
+        if moved_aside:
+            beyond.moved(self._request.pgdata, moved_aside)
+        if not result.from_elsewhere or beyond.used is None:
             return
         pg_wal = os.path.join(self._request.pgdata, "pg_wal")
         os.makedirs(pg_wal, mode=0o700, exist_ok=True)
         chapter = self._planner.chapter
-        for name in result.from_receiver:
-            tail.copy(self._planner.folder, chapter, self._planner.tail, name, os.path.join(pg_wal, name))
+        for name in result.from_elsewhere:
+            tail.copy(self._planner.folder, chapter, beyond.used, name, os.path.join(pg_wal, name))
         index = scan(self._planner.folder, chapter)
-        for name in result.from_receiver:
+        for name in result.from_elsewhere:
             wal_file = WalFile.parse(name)
             number = wal_file.number(index.segment_size)
             if not index.has(wal_file.timeline, number):
                 index.add(wal_file.timeline, number)
-        reach = self._planner.tail_reach(index, pg_wal)
+        reach = beyond.reach(index, pg_wal)
         if result.at_least is not None and (reach is None or reach < result.at_least):
             raise PitrError(
-                f"The receiver's segments have changed since the plan was made: {', '.join(result.from_receiver)} had a"
+                f"Segments have changed since the plan was made: {', '.join(result.from_elsewhere)} had a"
                 f" record at LSN {result.at_least}, and reach to {reach} now. Plan again."
             )
 
@@ -122,26 +128,32 @@ class Restore:
         started = time.monotonic()
         pgdata = self._request.pgdata
         was_there = os.path.isdir(pgdata)
+        dead = dead_pgdata(self._request, self._planner.chapter.system_identifier)
         moved_aside = self._clear()
         moved_aside = self._move_aside() or moved_aside
         locations = self._request.locations(result.backup)
         wal = self._planner.wal_directory
+        self._dead = moved_aside if dead == pgdata else dead
         progress = None
         try:
             os.makedirs(pgdata, mode=0o700, exist_ok=True)
             os.chmod(pgdata, 0o700)
             total = sum(link.database_bytes for link in result.chain)
             path = os.path.join(pgdata, IN_PROGRESS)
-            progress = Marker(path, result.backup, moved_aside, locations, total=total, pg_wal=wal)
+            progress = Marker(
+                path, result.backup, moved_aside, locations, total=total, pg_wal=wal, dead_pgdata=self._dead
+            )
             places.link_wal(pgdata, wal)
             self._bring_files(result, locations, self._renewing(progress, lease))
-            self._complete(result, locations, lease, lambda: extract.settle(pgdata, *locations.values()))
+            self._complete(result, locations, lease, moved_aside, lambda: extract.settle(pgdata, *locations.values()))
         except BaseException:
             self._put_back(moved_aside, locations, progress, was_there)
             if progress is not None:
                 places.clear_wal(wal)
             raise
-        return Result(result, moved_aside, round(time.monotonic() - started, 3))
+        seconds = time.monotonic() - started
+        rates.add(rates.path_of(self._planner.folder), "copy", result.backup.directory_bytes, seconds)
+        return Result(result, moved_aside, round(seconds, 3))
 
     def _bring_files(self, result: RestorePlan, locations: dict[int, str], add: Callable[[int], None]) -> None:
         """The backup, or what its chain comes to, with pg_control held back; verified when that is wanted."""
@@ -159,7 +171,12 @@ class Restore:
             extract.verify(result.backup, stored, request.pgdata, request.bin_dir, folder.tree)
 
     def _complete(
-        self, result: RestorePlan, locations: Mapping[int, str], lease: str, settle: Callable[[], None]
+        self,
+        result: RestorePlan,
+        locations: Mapping[int, str],
+        lease: str,
+        moved_aside: str,
+        settle: Callable[[], None],
     ) -> None:
         """All files of the backup are there: what the recovery needs beside them, and pg_control last.
 
@@ -168,7 +185,7 @@ class Restore:
         pgdata = self._request.pgdata
         extract.rewrite_tablespace_map(pgdata, result.backup.tablespaces, dict(locations))
         places.check_links(pgdata, locations, self._planner.wal_directory)
-        self._bring_tail(result)
+        self._bring_tail(result, moved_aside)
         if len(result.chain) == 1:
             self._noted = noted(result.backup, pgdata)
         self._write_settings(result, lease)
@@ -203,7 +220,7 @@ class Restore:
                 work.clear(comparison)
                 work.write(comparison, self._renewing(progress, lease))
                 summary = work.verify(comparison, self._request.verify)
-                self._complete(result, locations, lease, lambda: work.settle(comparison))
+                self._complete(result, locations, lease, "", lambda: work.settle(comparison))
             except BaseException as error:
                 # No server may start from this; and the next try must know it.
                 with contextlib.suppress(OSError):
@@ -340,6 +357,8 @@ class Restore:
         locations = self._request.locations(result.backup)
         recorded = {**result.to_dict(), "started_at": time.time(), "pg_wal": self._planner.wal_directory}
         recorded["noted"] = self._noted
+        recorded[REMEMBERED] = self._dead
+        recorded["rates"] = rates.path_of(self._planner.folder)
         recorded["tablespaces"] = {str(oid): location for oid, location in locations.items()}
         if _is_its_own_end(result):
             recorded["target_kind"] = "latest"

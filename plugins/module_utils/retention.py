@@ -19,7 +19,7 @@ from typing import Any
 from .catalog import Backup, broken_chains
 from .errors import PitrError
 from .index import ArchiveIndex
-from .plan import MAX_NAMED, carries, spans_from
+from .reach import MAX_NAMED, carries, spans_from
 from .target import format_time
 from .timeline import TimelineTree
 from .wal import Lsn, history_name

@@ -122,7 +122,13 @@ class RecoveryTarget:
             return cls(kind=kind, xid=parse_xid(text), **common)  # type: ignore[arg-type]
         if kind == "lsn":
             return cls(kind=kind, lsn=Lsn.parse(text), **common)  # type: ignore[arg-type]
-        if len(text.encode()) > MAX_NAME_BYTES:
+        if "\n" in text or "\0" in text:
+            # It would be the reason in the new timeline's history file, and break its line (writeTimeLineHistory).
+            raise PitrError(
+                f"The restore point name {text!r} has a line break. A server that stops at it writes a history file"
+                " that no server can read. Restore to the restore point's LSN instead."
+            )
+        if len(text.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
             raise PitrError(
                 f"The restore point name '{text}' is longer than {MAX_NAME_BYTES} bytes; no server has made it."
             )

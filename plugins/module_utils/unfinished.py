@@ -37,13 +37,18 @@ class Marker:
         total: int = 0,
         pg_wal: str = "",
         delta: bool = False,
+        dead_pgdata: str = "",
     ) -> None:
-        """``total``: bytes that will be counted, when they are not the backup's own."""
+        """``total``: bytes that will be counted, when they are not the backup's own.
+
+        ``dead_pgdata``: where the server has died, see deadwal.py.
+        """
         self._path = path
         self._facts = {"format": 1, "system_identifier": backup.system_identifier, "backup": backup.label}
         places = sorted(locations.values())
         self._left: dict[str, Any] = {"moved_aside": moved_aside, "locations": [] if delta else places}
         self._left["pg_wal"] = pg_wal
+        self._left["dead_pgdata"] = dead_pgdata
         if delta:
             self._left["delta"] = {"locations": places}
         self._total = total or backup.database_bytes

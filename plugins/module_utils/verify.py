@@ -28,8 +28,8 @@ from .backup import KEEP_FILE, MANIFEST, open_tar, sha256
 from .catalog import Backup, ChainError, chain
 from .errors import PitrError
 from .index import ArchiveIndex
-from .plan import spans_from
 from .postgres import binary, binary_version, run
+from .reach import spans_from
 from .repository import BACKUP_FILE, Chapter, ClusterFolder
 from .retention import missing_wal, wal_timeline
 from .wal import Lsn, SegmentHeader, WalFile

@@ -249,6 +249,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.collations import mis
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.moves import Move, Request, stop
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login, running_pid
+from ansible_collections.pgdrill.pitr.plugins.module_utils.rates import add_replay
 from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery import Recovery
 
 TARGET_OPTIONS: dict[str, dict[str, Any]] = {
@@ -298,6 +299,8 @@ def reached(recovery: Recovery, params: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"changed": False, "reached": found.to_dict()}
     if running_pid(params["pgdata"]) is not None:
         result.update(timeline=recovery.timeline(), **_collations(params))
+        # The next plan tells how long a replay will take.
+        add_replay(recovery.planned(), params["pgdata"])
     return result
 
 

@@ -186,6 +186,19 @@ options:
     type: list
     elements: str
     default: []
+  dead_pg_wal:
+    description:
+      - Whose C(pg_wal) has WAL that the server had not archived when it died. V(auto) is that of the data directory
+        which is moved aside, when nothing but everything is asked for (no target), or of the one before it when that
+        directory is a restored cluster that was never accepted. V(none) uses none. A path is a C(pg_wal) directory on
+        this host, or a copy of one; it is used for every target.
+      - Its segments are copied, and never changed. Only those are used that continue the archive without a hole, on
+        the timeline of the plan, are this cluster's WAL of the position that their name says, and in which one record
+        follows the other. The last one may be half written.
+      - Never that of a server which has gone on to another timeline than that of the plan, or which still runs.
+      - Where several have the same WAL, the archive is asked first; RV(plan) tells in C(sources) how far each has led.
+    type: str
+    default: auto
   defer_above:
     description:
       - Only plan when the backup is larger than this many bytes. The action plugin uses it to run a
@@ -256,7 +269,35 @@ plan:
     in_place: false
     notes: []
     from_receiver: []
+    from_pg_wal: []
     at_least: null
+    sources: [{"name": "archive", "segments": 6, "last_lsn": "0/8000000"}]
+    space:
+      - filesystem: /var/lib/postgresql/18
+        for:
+          - {"what": "data directory", "path": /var/lib/postgresql/18/main, "bytes": 23443211}
+          - {"what": "pg_wal", "path": /var/lib/postgresql/18/main/pg_wal, "bytes": 67108864}
+        needed_bytes: 90552075
+        recovery_bytes: 33554432
+        free_bytes: 41003491328
+    estimate:
+      copy_seconds: 0.4
+      copy_basis: 3 restores of this cluster
+      replay_seconds: 1.6
+      replay_basis: 3 recoveries of this cluster
+    tablespaces: []
+    moved_aside: [{"from": /var/lib/postgresql/18/main, "to": "/var/lib/postgresql/18/main.old-<UTC time>"}]
+    server_version: {"backup": "18.1", "host": "18.1"}
+    data_checksums: true
+    floors: {"max_connections": 100, "max_worker_processes": 8, "max_wal_senders": 10,
+      "max_prepared_transactions": 0, "max_locks_per_transaction": 64}
+    collation: {"providers": [libc], "backup_glibc": "2.41", "host_glibc": "2.41", "backup_icu": "153.128"}
+plan_text:
+  description: The same as lines to read.
+  returned: with O(state=present)
+  type: list
+  elements: str
+  sample: ["backup   20260301T142959Z-full, full, 22 MiB, of 2026-03-01 13:29:59.000000+00:00"]
 backup:
   description: Label of the backup.
   returned: with O(state=present)
@@ -313,6 +354,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
     ssh_argument_spec,
     ssh_settings,
 )
+from ansible_collections.pgdrill.pitr.plugins.module_utils.plantext import lines
 from ansible_collections.pgdrill.pitr.plugins.module_utils.request import ARCHIVE_AFTER, Request
 from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Restore, settle, undo
 
@@ -352,6 +394,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "keep_out": {"type": "bool", "default": True},
     "inspect_user": {"type": "str", "default": "postgres"},
     "inspect_hba": {"type": "list", "elements": "str", "default": []},
+    "dead_pg_wal": {"type": "str", "default": "auto"},
     "defer_above": {"type": "int"},
 }
 REQUIRED_IF = [("state", "undone", ["moved_aside"]), ("state", "settled", ["moved_aside"])]
@@ -383,6 +426,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         keep_out=params["keep_out"],
         inspect_user=params["inspect_user"],
         inspect_hba=tuple(params["inspect_hba"]),
+        dead_pg_wal=params["dead_pg_wal"],
         ssh=ssh_settings(params),
     )
     if params["state"] == "settled":
@@ -395,6 +439,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     result: dict[str, Any] = {
         "changed": True,
         "plan": plan.to_dict(),
+        "plan_text": lines(plan.to_dict()),
         "backup": plan.backup.label,
         "timeline": plan.timeline,
     }

@@ -24,6 +24,8 @@ ARCHIVE = "tests/unit/test_archive.py"
 ARCHIVE_FAULTS = "tests/integration/test_archive_faults.py"
 RECEIVER = "tests/integration/test_receiver.py"
 PARTIAL = "tests/integration/test_receiver_partial.py"
+DETAILS = "tests/integration/test_plan_details.py"
+DEAD_WAL = "tests/integration/test_dead_pg_wal.py"
 ENCRYPTION = "tests/integration/test_encryption.py"
 INCREMENTAL = "tests/integration/test_incremental.py"
 CRYPT = "tests/unit/test_encryption.py"
@@ -814,8 +816,8 @@ MUTATIONS = (
     _mutation(
         "the oldest backup is chosen",
         "plan",
-        "backup = max(fitting, key=",
-        "backup = min(fitting, key=",
+        "fitting.sort(key=lambda item: (item.stop_lsn, item.started_at), reverse=True)",
+        "fitting.sort(key=lambda item: (item.stop_lsn, item.started_at))",
         f"{TARGETS}::test_backup_chosen_for_every_kind_of_target_is_the_newest_that_ends_before_it[third]",
     ),
     _mutation(
@@ -849,7 +851,7 @@ MUTATIONS = (
     ),
     _mutation(
         "a hole is overlooked",
-        "plan",
+        "reach",
         "                missing.append((span.timeline, number))\n",
         "",
         f"{REFUSALS}::test_hole_in_the_archive_is_refused_and_the_missing_segments_are_named",
@@ -857,7 +859,7 @@ MUTATIONS = (
     ),
     _mutation(
         "the parent's copy stands for a timeline's lost first segment",
-        "plan",
+        "reach",
         "(index.last(span.timeline) or 0) < number:",
         "True:",
         f"{TIMELINES}::test_first_segment_of_a_timeline_is_missed_when_later_ones_are_there",
@@ -865,16 +867,16 @@ MUTATIONS = (
     _mutation(
         "an lsn behind the end of the archive is tried",
         "plan",
-        "elif last > last_there:",
-        "elif False:",
+        "if last > last_there and",
+        "if False and",
         f"{REFUSALS}::test_target_beyond_the_archive_is_refused",
         f"{REFUSALS}::test_tail_that_is_missing_makes_targets_in_it_unreachable",
     ),
     _mutation(
         "a time behind the last transaction is tried",
         "plan",
-        "elif target.time is not None and last_commit is not None and not _stops_before(target, last_commit):",
-        "elif False:",
+        "if target.time is not None and not in_the_way and last_commit and not _stops_before(target, last_commit):",
+        "if False:",
         "tests/unit/test_plan.py::test_time_needs_a_later_transaction_in_the_archive",
         f"{REFUSALS}::test_target_beyond_the_archive_is_refused",
     ),
@@ -905,31 +907,31 @@ MUTATIONS = (
     # --- restore: may this directory be replaced?
     _mutation(
         "a running server is not seen",
-        "planning",
-        '            message = f"A server is running in {pgdata} (process {pid})."\n',
-        "            pid = None\n        if pid is not None:\n            message = ''\n",
+        "hostcheck",
+        '        message = f"A server is running in {pgdata} (process {pid})."\n        yield',
+        '        message = ""\n        if False:\n            yield',
         f"{REFUSALS}::test_running_server_is_refused_even_with_force",
         f"{REFUSALS}::test_everything_that_is_wrong_is_told_at_once",
     ),
     _mutation(
         "a directory with something else in it is replaced",
-        "planning",
+        "hostcheck",
         'if "PG_VERSION" not in found or data_version(pgdata) is None:',
         "if False:",
         f"{REFUSALS}::test_directory_with_something_else_in_it_is_refused",
     ),
     _mutation(
         "another cluster's directory is replaced",
-        "planning",
-        "        if identifier != self.chapter.system_identifier:\n",
-        "        if False:\n",
+        "hostcheck",
+        "    if identifier != chapter.system_identifier:\n",
+        "    if False:\n",
         f"{REFUSALS}::test_directory_of_another_cluster_is_refused",
     ),
     _mutation(
         "a directory is replaced without force",
-        "planning",
-        "        elif not self._request.force:\n",
-        "        elif False:\n",
+        "hostcheck",
+        "    elif not request.force:\n",
+        "    elif False:\n",
         f"{REFUSALS}::test_directory_that_is_not_empty_is_refused_without_force",
     ),
     _mutation(
@@ -942,8 +944,8 @@ MUTATIONS = (
     # --- restore: can this host run it?
     _mutation(
         "another major version is tried",
-        "planning",
-        "if version != result.backup.postgresql_version:",
+        "hostcheck",
+        "if version != backup.postgresql_version:",
         "if False:",
         f"{REFUSALS}::test_programs_of_another_major_version_are_refused",
     ),
@@ -963,28 +965,28 @@ MUTATIONS = (
     ),
     _mutation(
         "a missing pitr-wal is found out by the recovery",
-        "planning",
+        "hostcheck",
         "if not os.access(request.wal_command, os.X_OK):",
         "if False:",
         f"{REFUSALS}::test_missing_pitr_wal_is_refused",
     ),
     _mutation(
         "a place that cannot be written is found out on the way",
-        "planning",
-        "if not os.access(existing, os.W_OK):",
+        "hostcheck",
+        "if not os.access(place, os.W_OK):",
         "if False:",
         f"{REFUSALS}::test_place_that_cannot_be_written_is_refused",
     ),
     _mutation(
         "a mapping for nothing is overlooked",
-        "planning",
-        "        if unknown:\n",
-        "        if False:\n",
+        "hostcheck",
+        "    if unknown:\n",
+        "    if False:\n",
         f"{REFUSALS}::test_mapping_of_a_tablespace_that_is_not_in_the_backup_is_refused",
     ),
     _mutation(
         "a tablespace directory that is taken is used",
-        "planning",
+        "hostcheck",
         "if os.path.isdir(location) and foreign_content(location, location in killed):",
         "if False:",
         f"{PLACES}::test_tablespace_whose_place_is_taken_is_refused",
@@ -998,8 +1000,8 @@ MUTATIONS = (
     ),
     _mutation(
         "a configuration directory without a configuration is used",
-        "planning",
-        'self._refuse("config_dir", f"{request.config_dir} holds no postgresql.conf.")',
+        "hostcheck",
+        'yield Refusal("config_dir", f"{request.config_dir} holds no postgresql.conf.")',
         "pass",
         f"{REFUSALS}::test_configuration_directory_without_a_configuration_is_refused",
     ),
@@ -1723,8 +1725,8 @@ MUTATIONS = (
     _mutation(
         "a partial segment that is not the next one is used",
         "tail",
-        "number = last + 1",
-        "number = files[-1].number if files else 0",
+        "        files,\n        timeline,\n        first_number(chapter, index, timeline),",
+        "        files,\n        timeline,\n        files[-1].number if files else 0,",
         f"{PARTIAL}::test_wrong_partial_is_never_used[_not_the_next_one]",
     ),
     _mutation(
@@ -1736,14 +1738,14 @@ MUTATIONS = (
     ),
     _mutation(
         "a partial segment is used unasked",
-        "planning",
-        "        if self._request.use_partial:\n            self._add_tail(index)\n",
-        "        self._add_tail(index)\n",
+        "beyond",
+        "self._spool_is_used = self._request.use_partial",
+        "self._spool_is_used = True",
         f"{PARTIAL}::test_partial_is_only_told_of_when_not_asked_for",
     ),
     _mutation(
         "a target behind the partial segment's end is tried",
-        "planning",
+        "beyond",
         "if lsn is not None and (reach is None or reach < lsn):",
         "if False:",
         f"{PARTIAL}::test_target_behind_the_partials_last_record_is_refused",
@@ -1761,6 +1763,129 @@ MUTATIONS = (
         'begin = Lsn.parse(str(planned["at_least"])) if planned.get("at_least") else _last_segment(planned)',
         "begin = _last_segment(planned)",
         "tests/unit/test_recovery.py::test_recovery_that_ends_before_the_receivers_last_record_is_no_success",
+    ),
+    # --- the dead server's pg_wal
+    _mutation(
+        "a recycled segment is complained of instead of ending the WAL",
+        "tail",
+        "raise FileNotFoundError(file.name)",
+        "pass",
+        f"{DEAD_WAL}::test_recycled_segments_are_no_news",
+    ),
+    _mutation(
+        "pg_wal of a server on another timeline is used",
+        "deadwal",
+        "    if newest != timeline:\n",
+        "    if False:\n",
+        f"{DEAD_WAL}::test_server_that_has_gone_on_to_another_timeline_is_not_used",
+    ),
+    _mutation(
+        "pg_wal of a running server is used",
+        "deadwal",
+        "        if pid is not None:\n",
+        "        if False:\n",
+        f"{DEAD_WAL}::test_directory_of_a_running_server_is_refused",
+    ),
+    _mutation(
+        "pg_wal of another cluster is looked into",
+        "deadwal",
+        "if control.system_identifier != chapter.system_identifier:",
+        "if False:",
+        f"{DEAD_WAL}::test_wrong_directory_is_refused[another cluster's]",
+    ),
+    _mutation(
+        "a restored cluster that nobody has accepted counts as the dead server",
+        "deadwal",
+        "    elif unaccepted(request):\n",
+        "    elif False:\n",
+        f"{DEAD_WAL}::test_restored_cluster_that_was_not_accepted_is_not_the_dead_server",
+    ),
+    _mutation(
+        "a problem with a pg_wal that was named is passed over",
+        "beyond",
+        "if self._place.asked and self._place.problem:",
+        "if False:",
+        f"{DEAD_WAL}::test_wrong_directory_is_refused[nothing]",
+    ),
+    _mutation(
+        "pg_wal is used for a target that may have been a mistake",
+        "beyond",
+        'self._own_is_used = self._place.asked or target.kind == "latest"',
+        "self._own_is_used = True",
+        f"{DEAD_WAL}::test_target_beyond_the_archive_is_refused_with_the_pg_wal_that_has_it[recovery_target_lsn]",
+    ),
+    _mutation(
+        "records that do not follow each other are believed",
+        "beyond",
+        "self.used = self._unbroken(used, index)",
+        "self.used = used",
+        f"{DEAD_WAL}::test_only_what_continues_the_archive_is_used[_of_another_past]",
+        f"{DEAD_WAL}::test_only_what_continues_the_archive_is_used[_damaged_in_the_middle]",
+    ),
+    _mutation(
+        "the old directory's new name is forgotten",
+        "restore",
+        "            beyond.moved(self._request.pgdata, moved_aside)\n",
+        "            pass\n",
+        f"{DEAD_WAL}::test_everything_that_the_dead_server_had_is_restored",
+    ),
+    # --- what the plan looks at
+    _mutation(
+        "no room is no reason",
+        "hostcheck",
+        "        if free >= filesystem.needed:\n",
+        "        if True:\n",
+        f"{DETAILS}::test_each_filesystem_is_asked_for_its_own",
+        f"{DETAILS}::test_two_things_on_one_filesystem_are_added_up",
+    ),
+    _mutation(
+        "each thing is compared with the free room alone",
+        "space",
+        "return sum(need.needed for need in self.needs)",
+        "return max(need.needed for need in self.needs)",
+        f"{DETAILS}::test_two_things_on_one_filesystem_are_added_up",
+    ),
+    _mutation(
+        "another glibc is no news",
+        "facts",
+        'if "libc" in facts.providers and facts.glibc and here and facts.glibc != here:',
+        "if False:",
+        f"{DETAILS}::test_another_glibc_is_a_danger_that_is_told",
+    ),
+    _mutation(
+        "a name with a line break is tried",
+        "target",
+        'if "\\n" in text or "\\0" in text:',
+        "if False:",
+        f"{DETAILS}::test_beginning_of_a_name_with_a_line_break_is_another_name",
+    ),
+    _mutation(
+        "the beginning of a name is the name",
+        "waldump",
+        'waiting = replace(waiting, description=f"{waiting.description}\\n{text}")',
+        "pass",
+        f"{DETAILS}::test_beginning_of_a_name_with_a_line_break_is_another_name",
+    ),
+    _mutation(
+        "a transaction of another turn of the counter is taken",
+        "locate",
+        "if self.xid < 1 << 32 or self.near is None:",
+        "if True:",
+        f"{DETAILS}::test_transaction_of_another_turn_of_the_counter_is_not_taken_for_it",
+    ),
+    _mutation(
+        "a restore point of while the backup was taken is the target",
+        "locate",
+        "if here is not None and here.lsn >= backup.stop_lsn:",
+        "if here is not None:",
+        "tests/unit/test_locate.py::test_restore_point_of_while_the_newest_backup_was_taken_needs_an_older_one",
+    ),
+    _mutation(
+        "a backup that needs less WAL is not tried",
+        "plan",
+        "            first = first or error\n            continue\n",
+        "            raise\n",
+        "tests/unit/test_plan.py::test_backup_that_was_taken_meanwhile_and_needs_less_wal_is_found",
     ),
     # --- encryption
     _mutation(
@@ -1876,7 +2001,7 @@ MUTATIONS = (
     _mutation(
         "keys are not tried in the plan",
         "planning",
-        "                self._check_keys(result, index)\n",
+        "        self._check_keys(backup, result, index)\n",
         "",
         f"{ENCRYPTION}::test_restore_without_the_right_identity_is_refused_before_anything_is_touched[latest]",
         f"{ENCRYPTION}::test_recipients_that_change_need_both_identities",
@@ -1886,8 +2011,8 @@ MUTATIONS = (
     _mutation(
         "a search in WAL without a key is not a refusal",
         "planning",
-        "            except LockedError as error:\n",
-        "            except ZeroDivisionError as error:\n",
+        "        except LockedError as error:\n            self._refuse(error.code, error.message, self._whose(error.d",
+        "        except KeyError as error:\n            self._refuse(error.code, error.message, self._whose(error.d",
         f"{ENCRYPTION}::test_restore_without_the_right_identity_is_refused_before_anything_is_touched[xid]",
     ),
     _mutation(
@@ -1900,7 +2025,7 @@ MUTATIONS = (
     _mutation(
         "the backup's key is not tried",
         "planning",
-        "            if link.encryption and not self._refusals:\n",
+        "            if link.encryption and not any(refusal.code in _KEYS for refusal in self._refusals):\n",
         "            if False:\n",
         f"{ENCRYPTION}::test_damaged_manifest_is_not_called_a_wrong_identity",
     ),

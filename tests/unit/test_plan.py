@@ -153,6 +153,34 @@ def test_time_that_is_reached_before_a_gap_is_planned() -> None:
     assert code == "archive_gap" and wal_name(1, 5) in text
 
 
+def test_backup_that_was_taken_meanwhile_and_needs_less_wal_is_found() -> None:
+    """Two at a time: the one that ended last began before the hole."""
+    long = make_backup("long", start=3 * MIB, stop=7 * MIB + 256, minute=20)
+    short = make_backup("short", start=6 * MIB, stop=6 * MIB + 256, minute=15)
+    index = archive({1: [2, 3, 5, 6, 7, 8]})
+    found = plan([B1, long, short], index, target(target_lsn=str(Lsn(8 * MIB))))
+    assert found.backup == short and any("long is passed over" in note for note in found.notes)
+    assert plan([long, short], index, target()).backup == short
+    # The newest has to be made consistent itself where any end would do.
+    assert refusal([long, short], archive({1: [2, 3, 5, 6]}), target())[0] == "archive_gap"
+    assert refusal([long, short], index, target(target="immediate"))[0] == "archive_gap"
+
+
+def test_all_that_is_wrong_with_a_target_is_told() -> None:
+    codes = [item.code for item in refused([B1], archive({1: [2, 4]}), target(target_lsn=str(Lsn(9 * MIB)))).refusals]
+    assert codes == ["archive_gap", "target_beyond_archive"]
+    error = refused([B1], WHOLE, target(target_lsn=str(Lsn(50 * MIB))), choice="mine")
+    assert [item.code for item in error.refusals] == ["backup_not_found", "target_beyond_archive"]
+    error = refused([B1], WHOLE, target(target_timeline="7"), choice="mine")
+    assert [item.code for item in error.refusals] == ["backup_not_found", "timeline_unknown"]
+
+
+def test_timelines_that_backups_lead_to_are_told() -> None:
+    late = make_backup("late", start=7 * MIB, stop=7 * MIB + 9)
+    index = archive({1: list(range(2, 10)), 2: [6, 7]}, {2: history((1, str(Lsn(6 * MIB + 40))))})
+    assert "backups lead to 1." in refusal([late], index, target())[1]
+
+
 def test_plan_is_told_in_full() -> None:
     shown = plan([B1], WHOLE, target(target_lsn="0/300010", target_inclusive=False, target_action="pause")).to_dict()
     assert shown == {
@@ -177,6 +205,7 @@ def test_plan_is_told_in_full() -> None:
         "in_place": False,
         "notes": [],
         "from_receiver": [],
+        "from_pg_wal": [],
         "at_least": None,
     }
 
