@@ -99,7 +99,7 @@ options:
     default: 600
   when:
     description:
-      - V(missing) takes a backup only when there is none yet.
+      - V(missing) takes a backup only when there is none yet. That one is full, whatever O(type) says.
     type: str
     choices: [always, missing]
     default: always
@@ -221,6 +221,8 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         if there:
             return {"changed": False, "backup": there[-1].to_dict()}
     login = Login.from_params(params)
+    # There is nothing to build upon when none is there.
+    kind = "full" if params["when"] == "missing" else params["type"]
     work = BaseBackup(
         folder,
         login,
@@ -231,7 +233,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         verify=params["verify"],
         label=params["label"],
         archive_timeout=params["archive_timeout"],
-        basis=Basis(folder, login, params["type"], params["parent"], params["full_every"], params["max_chain"]),
+        basis=Basis(folder, login, kind, params["parent"], params["full_every"], params["max_chain"]),
     )
     result: dict[str, Any] = {"changed": True}
     if module.check_mode:
