@@ -145,7 +145,7 @@ options:
     default: 600
   when:
     description:
-      - V(missing) takes a backup only when there is none yet.
+      - V(missing) takes a backup only when there is none yet. That one is full, whatever O(type) says.
     type: str
     choices: [always, missing]
     default: always
@@ -301,9 +301,11 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         if there:
             return {"changed": False, "backup": there[-1].to_dict()}
     login = Login.from_params(params)
+    # There is nothing to build upon when none is there.
+    kind = "full" if params["when"] == "missing" else params["type"]
     basis = None
-    if params["method"] == "stream" or params["type"] == "incremental":
-        basis = Basis(folder, login, params["type"], params["parent"], params["full_every"], params["max_chain"])
+    if params["method"] == "stream" or kind == "incremental":
+        basis = Basis(folder, login, kind, params["parent"], params["full_every"], params["max_chain"])
     work = make_backup(
         params["method"],
         folder,
