@@ -302,10 +302,14 @@ def test_failed_delta_cannot_start_and_can_be_repeated(
     assert restored(broken, data=own_data, backup="first", delta=True).run().phase == "end"
 
 
-def test_half_done_directory_is_moved_aside_without_delta(history: History, own_data: Path, restored: Restore) -> None:
+def test_half_done_directory_is_moved_aside_without_delta(
+    history: History, own_data: Path, restored: Restore, bin_dir: str
+) -> None:
     request = history.storage.request(own_data, backup="first", **IN_PLACE)
     assert in_child(request, below=f"{own_data}/global/pg_control.pitr").returncode == -signal.SIGKILL
     assert (own_data / MARKER).exists()
+    assert not (own_data / "global" / "pg_control").exists()
+    assert refuses_to_start(bin_dir, own_data)
     before = _files(own_data)
     cluster = restored(history.storage, data=own_data, force=True)
     aside = Path(cluster.result.moved_aside)

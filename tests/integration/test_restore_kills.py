@@ -110,13 +110,14 @@ class Victim:
 
     def check(self, why: str, bin_dir: str) -> None:
         """What a kill may leave behind."""
-        aside = list(self.data.parent.glob("data.old-*"))
+        aside = sorted(self.data.parent.glob("data.old-*"))
         if self._kind == "delta":
             assert not aside, why
         else:
-            # The old directory is whole, wherever it is.
-            assert len(aside) <= 1, why
+            # The old directory is whole, wherever it is. After a restore that was complete when it was killed, the
+            # next one has moved aside what that had restored.
             assert _files(aside[0] if aside else self.data) == self._before, why
+            assert all(_files(path) == self._after for path in aside[1:]), why
         if not self.data.exists():
             state = "moved aside"
         elif not (self.data / "global" / "pg_control").exists():

@@ -1170,7 +1170,6 @@ MUTATIONS = (
         "delta",
         "            else:\n                os.unlink(control)\n",
         "",
-        f"{DELTA}::test_failed_delta_cannot_start_and_can_be_repeated",
         f"{DELTA}::test_half_done_directory_is_moved_aside_without_delta",
     ),
     _mutation(
