@@ -20,6 +20,7 @@ from typing import Any
 from . import extract, tail
 from .backup import damaged_backups, stored_backups
 from .catalog import broken_chains
+from .createdspaces import check_created
 from .encryption import LockedError, by_recipients, check_identity, recipients_id, try_identity
 from .errors import PitrError
 from .index import ArchiveIndex, scan
@@ -84,6 +85,9 @@ class Planner:
                 result = plan(backups, index, target, self._request.backup, damaged, location, last_commit)
                 result = self._with_tail(result, index)
                 check_lsn(result, index, self._scanner(index))
+                refusals, notes = check_created(result, index, self._scanner(index))
+                self._refusals += refusals
+                result = replace(result, notes=(*result.notes, *notes))
                 self._check_host(result)
                 self._check_keys(result, index)
             except RefusedError as error:
