@@ -408,28 +408,31 @@ def version_directories(location: str, pattern: re.Pattern[str]) -> list[str]:
     return [name for name, path in paths if os.path.isdir(path) and not os.path.islink(path)]
 
 
+def server_directories() -> set[str]:
+    """Working directories of processes that this user can see, the data directories of running servers among them.
+
+    A server's working directory is its data directory (checkDataDir and ChangeToDataDir of the postmaster).
+    """
+    found = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc"):
+            if name.isdecimal():
+                with contextlib.suppress(OSError):
+                    found.add(os.readlink(f"/proc/{name}/cwd"))
+    return found
+
+
 def used_by_a_server(locations: set[str], pgdata: str) -> tuple[str, str] | None:
     """A tablespace's directory that a running server on another data directory uses, and that directory.
 
-    The copy of a data directory links to the tablespaces of the original. A server's working directory is its data
-    directory (checkDataDir and ChangeToDataDir of the postmaster).
+    The copy of a data directory links to the tablespaces of the original.
     """
     real = {os.path.realpath(location): location for location in locations}
-    try:
-        processes = [name for name in os.listdir("/proc") if name.isdecimal()]
-    except OSError:
-        return None
-    seen = {os.path.realpath(pgdata)}
-    for pid in processes:
-        with contextlib.suppress(OSError):
-            directory = os.readlink(f"/proc/{pid}/cwd")
-            if directory in seen:
-                continue
-            seen.add(directory)
-            for _oid, _link, target in links(directory):
-                location = real.get(os.path.realpath(target))
-                if location is not None:
-                    return location, directory
+    for directory in sorted(server_directories() - {os.path.realpath(pgdata)}):
+        for _oid, _link, target in links(directory):
+            location = real.get(os.path.realpath(target))
+            if location is not None:
+                return location, directory
     return None
 
 

@@ -20,6 +20,7 @@ from . import extract, inplace, places, rates
 from .backup import damaged_backups, stored_backups
 from .beyond import Beyond
 from .catalog import Backup, broken_chains, chain
+from .createdspaces import check_created
 from .encryption import LockedError, by_recipients, check_identity, recipients_id, try_identity
 from .errors import PitrError
 from .hostcheck import check_directory, check_host, check_space, room, told
@@ -66,7 +67,7 @@ class Planner:
         damaged = broken_chains(backups, damaged_backups(folder, backups))
         index = scan(folder, self.chapter)
         self.beyond = Beyond(self._request, folder, self.chapter)
-        result = self._decide(target, backups, damaged, index) if target is not None else None
+        result = self._decide(target, backups, damaged, index, in_place) if target is not None else None
         backup = result.backup if result is not None else self._likely(backups, damaged)
         if backup is None:
             raise RefusedError(self._refusals)
@@ -97,7 +98,12 @@ class Planner:
             return None
 
     def _decide(
-        self, target: RecoveryTarget, backups: list[Backup], damaged: Mapping[str, str], index: ArchiveIndex
+        self,
+        target: RecoveryTarget,
+        backups: list[Backup],
+        damaged: Mapping[str, str],
+        index: ArchiveIndex,
+        in_place: bool,
     ) -> RestorePlan | None:
         """The plan as far as repository and target go, or None and refusals."""
         try:
@@ -109,7 +115,9 @@ class Planner:
             result = replace(result, notes=(*found.notes, *result.notes))
             result = self.beyond.complete(result, index)
             check_lsn(result, index, self.beyond.scanner(index))
-            return result
+            refusals, notes = check_created(self._request, result, index, self.beyond.scanner(index), in_place)
+            self._refusals += refusals
+            return replace(result, notes=(*result.notes, *notes))
         except RefusedError as error:
             self._refusals += [self.beyond.hint(refusal, index) for refusal in error.refusals]
         except LockedError as error:

@@ -91,6 +91,48 @@ def test_tablespace_whose_place_is_taken_is_refused(sandbox: MakeSandbox, tmp_pa
     assert fingerprint(tmp_path) == before
 
 
+def test_tablespace_of_a_living_server_is_not_written_to_by_the_recovery_of_an_older_backup(
+    sandbox: MakeSandbox, restored: Restore, tmp_path: Path
+) -> None:
+    original, data = tmp_path / "original", tmp_path / "new"
+    original.mkdir(mode=0o700)
+    primary = sandbox()
+    primary.backup("older")
+    before_it = primary.commit("before it")
+    primary.restore_point("before it")
+    primary.server.sql(f"CREATE TABLESPACE far_away LOCATION {_literal(str(original))}")
+    primary.server.sql("CREATE TABLE far TABLESPACE far_away AS SELECT 1 AS v")
+    primary.commit("after")
+    primary.probe()
+    before = fingerprint(original)
+    with pytest.raises(RefusedError, match="no mapping changes") as caught:
+        primary.plan(data)
+    assert [item.code for item in caught.value.refusals] == ["tablespace_in_wal"]
+    # The directory's record comes before the commit that a recovery to this time stops at.
+    with pytest.raises(RefusedError, match="no mapping changes"):
+        primary.plan(data, {"recovery_target_time": before_it.time_text})
+    assert fingerprint(original) == before and not data.exists()
+    # What ends before that is not concerned.
+    for options in (
+        {"recovery_target_lsn": str(before_it.end), "recovery_target_inclusive": False},
+        {"recovery_target_xid": str(before_it.xid)},
+        {"recovery_target_time": before_it.time_text, "recovery_target_inclusive": False},
+        {"recovery_target_name": "before it"},
+        {"recovery_target": "immediate"},
+    ):
+        assert primary.plan(data, options).backup.label == "older"
+    assert restored(primary, {"recovery_target_xid": str(before_it.xid)}).run().phase == "before it"
+    assert fingerprint(original) == before
+    # Without the directory recovery would fail half-way; with an empty one it does what it should.
+    primary.server.stop()
+    original.rename(tmp_path / "moved")
+    with pytest.raises(RefusedError, match="is not there") as caught:
+        primary.plan(primary.server.data, force=True)
+    assert [item.code for item in caught.value.refusals] == ["tablespace_in_wal"]
+    original.mkdir(mode=0o700)
+    assert _rows(restored(primary).run()) == [1]
+
+
 def test_tablespace_that_is_gone_is_restored_to_its_own_place(
     sandbox: MakeSandbox, restored: Restore, tmp_path: Path
 ) -> None:

@@ -950,6 +950,27 @@ MUTATIONS = (
         f"{REFUSALS}::test_programs_of_another_major_version_are_refused",
     ),
     _mutation(
+        "recovery writes into a living server's tablespace",
+        "createdspaces",
+        "elif os.path.realpath(place) not in cleared and _is_occupied(place):",
+        "elif False:",
+        f"{PLACES}::test_tablespace_of_a_living_server_is_not_written_to_by_the_recovery_of_an_older_backup",
+    ),
+    _mutation(
+        "a tablespace's directory is missed by the recovery",
+        "createdspaces",
+        "if not os.path.isdir(place):",
+        "if False:",
+        f"{PLACES}::test_tablespace_of_a_living_server_is_not_written_to_by_the_recovery_of_an_older_backup",
+    ),
+    _mutation(
+        "a tablespace that is created after the target counts",
+        "createdspaces",
+        "        if _is_behind(record, result):\n",
+        "        if False:\n",
+        f"{PLACES}::test_tablespace_of_a_living_server_is_not_written_to_by_the_recovery_of_an_older_backup",
+    ),
+    _mutation(
         "an LSN behind the last record is found out by the recovery",
         "lastrecord",
         "if record is None or record.lsn < lsn:",
