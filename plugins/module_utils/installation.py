@@ -110,7 +110,10 @@ def detect(
     if not found:
         return None
     candidates = [
-        installation for layout, major in found for installation in _clusters(layout, major, root) if installation.exists
+        installation
+        for layout, major in found
+        for installation in _clusters(layout, major, root)
+        if installation.exists
     ]
     layout, major = found[0]
     if name:

@@ -110,7 +110,9 @@ def verify(settings: Settings, cluster: str, choice: str) -> str:
     chosen = choose(backups, choice or settings.backup_to_verify)
     damaged = as_result([work.verify(backup) for backup in chosen])["damaged"]
     if damaged:
-        raise PitrError("\n".join([f"{item['path']}: {item['problem']}" for item in damaged] + ["Nothing was changed."]))
+        raise PitrError(
+            "\n".join([f"{item['path']}: {item['problem']}" for item in damaged] + ["Nothing was changed."])
+        )
     return f"whole: {', '.join(backup.label for backup in chosen)} of {cluster}, with their WAL"
 
 

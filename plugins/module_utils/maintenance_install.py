@@ -50,7 +50,9 @@ def needed(entry: str = _ENTRY) -> list[str]:
     return sorted(found)
 
 
-def content(directory: str, cluster: str, settings: Settings, password: str, python: str) -> dict[str, tuple[bytes, int]]:
+def content(
+    directory: str, cluster: str, settings: Settings, password: str, python: str
+) -> dict[str, tuple[bytes, int]]:
     """All files of an installation with their modes, by path. Raises PitrError."""
     check_cluster_name(cluster)
     if "\n" in password:

@@ -47,7 +47,9 @@ def test_password_is_escaped_for_libpq_and_for_its_user_alone(installed: Path) -
     assert passfile.read_text(encoding="utf-8") == "*:*:*:*:pass\\:wo\\\\rd\n"
     assert passfile.stat().st_mode & 0o777 == 0o600
     assert passfile.parent.stat().st_mode & 0o777 == 0o700
-    with_secret = [p for p in installed.rglob("*") if p.is_file() and b"pass" in p.read_bytes() and b"wo\\" in p.read_bytes()]
+    with_secret = [
+        p for p in installed.rglob("*") if p.is_file() and b"pass" in p.read_bytes() and b"wo\\" in p.read_bytes()
+    ]
     assert with_secret == [passfile]
 
 
