@@ -30,8 +30,8 @@ options:
     type: int
   name:
     description:
-      - What the packages call the cluster, such as V(main). Without it, O(preferred_name) when there is one, else the only
-        cluster that there is.
+      - What the packages call the cluster, such as V(main). Without it, O(preferred_name) when there is one, else the
+        only cluster that there is.
     type: str
     default: ''
   preferred_name:
@@ -41,8 +41,8 @@ options:
     default: ''
   repository:
     description:
-      - Repository on this host. When it knows the cluster O(cluster), and O(version) is not given, that one's version is
-        taken.
+      - Repository on this host. When it knows the cluster O(cluster), and O(version) is not given, that one's version
+        is taken.
     type: path
   cluster:
     description:

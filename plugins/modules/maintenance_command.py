@@ -13,8 +13,7 @@ version_added: 0.2.0
 description:
   - Installs C(pitr) and its settings for one cluster on the repository host, for timers. It does what
     M(pgdrill.pitr.base_backup), M(pgdrill.pitr.backup_verify) and M(pgdrill.pitr.expire) do, with the same code.
-  - Run it as the user that owns the repository, or as root and give that user the files. The password lies in a file with
-    mode 0600, and is in no command line.
+  - Run it as the user that owns the repository. The password lies in a file with mode 0600, and is in no command line.
 extends_documentation_fragment:
   - pgdrill.pitr.repository
   - pgdrill.pitr.bin_dir

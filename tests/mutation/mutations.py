@@ -2645,4 +2645,33 @@ MUTATIONS = (
         "                        pass\n",
         "tests/unit/test_expire.py::test_check_sees_who_reads_a_backup",
     ),
+    # --- packaged PostgreSQL, and what runs by the clock
+    _mutation(
+        "one of several clusters is taken unasked",
+        "installation",
+        "    if len(candidates) > 1:\n",
+        "    if False:\n",
+        "tests/unit/test_installation.py::test_several_clusters_are_refused_by_name_until_one_is_named",
+    ),
+    _mutation(
+        "another version than the one asked for",
+        "installation",
+        "        found = [(found[0][0], version)] if found else []\n",
+        "",
+        "tests/unit/test_installation.py::test_version_that_is_asked_for_is_not_replaced_by_another",
+    ),
+    _mutation(
+        "a password that a password file cannot hold",
+        "maintenance_install",
+        'if "\\n" in password:',
+        "if False:",
+        "tests/unit/test_maintenance.py::test_password_with_a_line_break_is_refused",
+    ),
+    _mutation(
+        "the password is for everybody",
+        "maintenance_install",
+        'if password else b"", 0o600)',
+        'if password else b"", 0o644)',
+        "tests/unit/test_maintenance.py::test_password_is_escaped_for_libpq_and_for_its_user_alone",
+    ),
 )

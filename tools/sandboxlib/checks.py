@@ -30,7 +30,7 @@ _GALAXY = ("ansible-galaxy", "collection")
 def lint(layout: Layout, arguments: Sequence[str]) -> int:
     """ansible-lint with the profile of .ansible-lint, then ruff and shellcheck. Returns the first exit code but 0."""
     env = drill.environment(layout)
-    scripts = [".ci/run", "benchmarks/bare.sh"]
+    scripts = [".ci/run", "benchmarks/bare.sh", "molecule/shared/build-image"]
     commands = [
         [*layout.command("ansible-lint"), "--offline", "--strict", *arguments],
         [str(layout.venv / "bin" / "ruff"), "check", "--quiet"],

@@ -136,7 +136,11 @@ def setup(
     """Install what is not installed yet. Two at a time would spoil each other's work: the second one waits."""
     create(layout)
     with lock(layout, "setup"):
-        names = [packages.RUN, *([packages.TEST] if with_tests else []), *([packages.MOLECULE] if with_molecule else [])]
+        names = [
+            packages.RUN,
+            *([packages.TEST] if with_tests else []),
+            *([packages.MOLECULE] if with_molecule else []),
+        ]
         packages.ensure(layout, *names)
         for major in majors:
             postgresql.ensure(layout, major)

@@ -80,6 +80,8 @@ def run(layout: Layout, arguments: Sequence[str]) -> int:
             # No Supervisor: what watches over the containers has to outlive `create` and `converge`.
             code = subprocess.call(argv, env=env, cwd=layout.checkout, stdin=subprocess.DEVNULL)
             if code != 0:
-                problem(f"scenario {scenario} failed; its hosts are removed by `make molecule ARGS='destroy {scenario}'`")
+                problem(
+                    f"scenario {scenario} failed; its hosts are removed by `make molecule ARGS='destroy {scenario}'`"
+                )
                 return code
     return 0

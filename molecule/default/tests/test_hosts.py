@@ -95,7 +95,9 @@ def test_expire_by_its_service_keeps_what_the_policy_keeps(repository: Any) -> N
 def test_damage_makes_the_verification_fail_by_name(repository: Any) -> None:
     newest = sorted(labels(repository))[-1]
     path = repository.check_output(f"ls -S {FOLDER}/backups/{newest}/* | head -n 1").strip()
-    repository.check_output(f"cp -p {path} /root/kept && printf x | dd of={path} bs=1 seek=700 conv=notrunc status=none")
+    repository.check_output(
+        f"cp -p {path} /root/kept && printf x | dd of={path} bs=1 seek=700 conv=notrunc status=none"
+    )
     try:
         assert repository.run(f"systemctl start pitr-verify@{CLUSTER}.service").rc != 0
         assert path.rpartition("/")[2] in repository.check_output(f"journalctl -o cat -u pitr-verify@{CLUSTER} -n 20")
@@ -107,7 +109,13 @@ def test_damage_makes_the_verification_fail_by_name(repository: Any) -> None:
 @pytest.mark.parametrize("unit", [*UNITS, f"pitr-receiver@{CLUSTER}"])
 def test_unit_is_locked_down(repository: Any, unit: str) -> None:
     text = repository.check_output(f"systemctl show {unit}.service")
-    for line in ("User=pitr", "ProtectSystem=strict", "NoNewPrivileges=yes", "CapabilityBoundingSet=", "PrivateTmp=yes"):
+    for line in (
+        "User=pitr",
+        "ProtectSystem=strict",
+        "NoNewPrivileges=yes",
+        "CapabilityBoundingSet=",
+        "PrivateTmp=yes",
+    ):
         assert f"\n{line}\n" in text
     assert re.search(r"^ReadWritePaths=/srv/pitr$", text, re.MULTILINE)
     said = repository.check_output(f"systemd-analyze security --no-pager {unit}.service | tail -n 1")
@@ -127,9 +135,10 @@ def test_password_is_in_no_journal_no_process_and_no_file_that_others_may_read(p
         assert PASSWORD not in host.check_output("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
         for form in (PASSWORD, PASSWORD.replace("\\", "\\\\").replace(":", "\\:")):
             places = "/etc /usr/local /var/lib /var/log /var/backups /srv /root /home /tmp /run"
-            found = host.run("grep -rlsF --devices=skip -- %s %s", form, "/nowhere").stdout + host.run(
-                f"grep -rlsF --devices=skip -e '{form}' {places}"
-            ).stdout
+            found = (
+                host.run("grep -rlsF --devices=skip -- %s %s", form, "/nowhere").stdout
+                + host.run(f"grep -rlsF --devices=skip -e '{form}' {places}").stdout
+            )
             for path in found.split():
                 assert host.file(path).mode & 0o077 == 0, path
 

@@ -40,7 +40,7 @@ def through_the_library(primary: Any, kind: str, statement: str) -> Any:
 def _nothing_changes(repository: Any) -> Iterator[None]:
     """Whatever a test tries, what the repository holds stays as it was. Receiver and archiver may add."""
     repository.check_output(
-        f"mkdir -p /srv/pitr/other && echo secret > /srv/pitr/other/cluster.json && chown -R pitr: /srv/pitr/other"
+        "mkdir -p /srv/pitr/other && echo secret > /srv/pitr/other/cluster.json && chown -R pitr: /srv/pitr/other"
     )
     listing = f"cd /srv/pitr && find other {CLUSTER}/archive {CLUSTER}/backups {CLUSTER}/cluster.json -type f | sort"
     before = repository.check_output(f"{listing} | xargs sha256sum").splitlines()
@@ -56,7 +56,8 @@ def _nothing_changes(repository: Any) -> Iterator[None]:
 @pytest.mark.parametrize("command", ["id", "sh -i", "touch /tmp/owned", "cat /etc/passwd", "rm -rf /srv/pitr", ""])
 def test_key_opens_no_shell(primary: Any, kind: str, command: str) -> None:
     answer = as_postgres(
-        primary, f"echo 'touch /tmp/owned; id' | ssh {SSH} -i /etc/pgdrill/{CLUSTER}-{kind} pitr@repository.test {command}"
+        primary,
+        f"echo 'touch /tmp/owned; id' | ssh {SSH} -i /etc/pgdrill/{CLUSTER}-{kind} pitr@repository.test {command}",
     )
     assert "uid=" not in answer.stdout and "root:" not in answer.stdout
 
@@ -91,7 +92,9 @@ def test_nothing_outside_the_clusters_folder_is_listed(primary: Any, kind: str, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("path", ["/srv/pitr/other/cluster.json", "/etc/passwd", f"/srv/pitr/{CLUSTER}/../other/cluster.json"])
+@pytest.mark.parametrize(
+    "path", ["/srv/pitr/other/cluster.json", "/etc/passwd", f"/srv/pitr/{CLUSTER}/../other/cluster.json"]
+)
 def test_nothing_outside_the_clusters_folder_is_read(primary: Any, kind: str, path: str) -> None:
     answer = through_the_library(primary, kind, f"print(tree.read({path!r}))")
     assert answer.rc != 0 and "secret" not in answer.stdout and "root:" not in answer.stdout
