@@ -18,7 +18,6 @@ import re
 from typing import Any
 
 from . import contents, readback
-from .archive import archived_logs
 from .backup import MANIFEST, BaseBackup
 from .catalog import Backup, Tablespace
 from .codec import parse
@@ -26,6 +25,7 @@ from .errors import PitrError
 from .lowlevel import check_readable, escape_location, keep_history
 from .manifest import Manifest
 from .postgres import ControlData, binary, binary_version, control_data, data_version, run, running_pid
+from .repository import archived_logs
 from .tarcopy import Copy, parse_rate
 from .wal import Lsn, history_name, segment_name
 
