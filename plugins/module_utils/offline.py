@@ -35,6 +35,8 @@ LABEL_FILE = "backup_label.old"
 _LENGTH = re.compile(r"^rmgr: XLOG\s+len \(rec/tot\):\s*\d+/\s*(\d+),.* desc: CHECKPOINT_SHUTDOWN\b", re.MULTILINE)
 _ALIGNMENT = 8
 _SHORT_HEADER = 24
+# Bytes that a checkpoint's record certainly does not have.
+_NEAR = 8192
 _LONG_HEADER = 40
 
 
@@ -138,8 +140,11 @@ class OfflineBackup(BaseBackup):
 
     def _checkpoint_end(self, control: ControlData) -> Lsn:
         """Where the shutdown checkpoint ends. Raises PitrError when pg_wal does not have it."""
+        start, size = control.checkpoint_lsn, control.wal_segment_size
         argv = [binary(self._bin_dir, "pg_waldump"), f"--path={os.path.join(self._pgdata, contents.PG_WAL)}"]
-        argv += [f"--timeline={control.timeline}", f"--start={control.checkpoint_lsn}", "--limit=1"]
+        argv += [f"--start={start}", f"--end={Lsn(start + _NEAR)}", "--limit=1"]
+        # By its name: else the size of a segment is read from any file there, and one that is made for later is empty.
+        argv.append(segment_name(control.timeline, start.segment_number(size), size))
         try:
             match = _LENGTH.search(run(argv))
             reason = "" if match else "there is another record"

@@ -426,6 +426,16 @@ def test_archiver_that_is_stuck_is_told_and_the_program_ended(site: Site, tmp_pa
     assert not os.path.exists(f"/proc/{pid}")
 
 
+def test_backup_on_two_timelines_is_refused(site: Site) -> None:
+    """A standby may follow its primary to another one between its restartpoint and the end of the backup."""
+    text = manifest(FILES).decode()
+    first = '{ "Timeline": 2, "Start-LSN": "0/280000", "End-LSN": "0/300100" },\n{ "Timeline": 1,'
+    put(site.prepared, MANIFEST, text.replace('{ "Timeline": 1,', first).encode())
+    with pytest.raises(PitrError, match="from timeline 1 to 2 since its last restartpoint"):
+        site.work().take()
+    site.nothing_is_left()
+
+
 def test_backup_is_invisible_until_its_description_is_written(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[list[str], int]] = []
 
