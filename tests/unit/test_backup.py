@@ -34,6 +34,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import (
 )
 from ansible_collections.pgdrill.pitr.plugins.module_utils.catalog import StoredFile, Tablespace
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
+from ansible_collections.pgdrill.pitr.plugins.module_utils.facts import Facts
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import (
     BACKUP_FILE,
@@ -106,6 +107,7 @@ class Site:
         }
         self.phase = "streaming database files"
         monkeypatch.setattr(module, "query", self.query)
+        monkeypatch.setattr(module, "gather", lambda _connection, manifest: Facts(tablespace_bytes={5: 7}))
         self.history: object = b"1\t0/100000\tno recovery target specified\n"
         self.replication = 0
         monkeypatch.setattr(Login, "connect", self.connect)
