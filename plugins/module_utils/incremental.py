@@ -152,6 +152,8 @@ class Basis:
                 f"ended on timeline {backup.timeline} at LSN {backup.stop_lsn}, which is not part of the past of the"
                 f" server's timeline {timeline}"
             )
+        if backup.own_wal:
+            return "was taken offline; pg_combinebackup wants a backup_label, which such a backup has not"
         if backup.stop_lsn > lsn:
             return f"ended at LSN {backup.stop_lsn}, and the server is only at {lsn}: it was set back since"
         return ""

@@ -1367,8 +1367,8 @@ MUTATIONS = (
     _mutation(
         "a failed backup stays",
         "backup",
-        "        except BaseException:\n            shutil.rmtree(partial, ignore_errors=True)\n",
-        "        except BaseException:\n",
+        "            except BaseException:\n                shutil.rmtree(partial, ignore_errors=True)\n",
+        "            except BaseException:\n",
         f"{BACKUP}::test_archiver_that_is_stuck_ends_the_backup_by_name",
         f"{BACKUP}::test_server_that_dies_meanwhile_leaves_no_backup",
     ),
@@ -1481,7 +1481,7 @@ MUTATIONS = (
     ),
     _mutation(
         "an offline backup's own WAL fills a hole",
-        "plan",
+        "reach",
         " and (index.last(timeline) or 0) < number",
         "",
         f"{METHODS}::test_wal_that_is_missing_after_an_offline_backup_is_a_hole",
@@ -1489,7 +1489,7 @@ MUTATIONS = (
     _mutation(
         "a position behind an offline backup needs no WAL",
         "plan",
-        "    elif target.lsn is not None and carries(backup, index, timeline, last):\n",
+        "    elif target.lsn is not None and not in_the_way and carries(backup, index, timeline, last):\n",
         "    elif False:\n",
         f"{METHODS}::test_targets_behind_an_offline_backup_without_later_wal_are_refused",
     ),

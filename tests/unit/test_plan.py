@@ -207,6 +207,7 @@ def test_plan_is_told_in_full() -> None:
         "from_receiver": [],
         "from_pg_wal": [],
         "at_least": None,
+        "target_lsn": "0/300010",
     }
 
 
