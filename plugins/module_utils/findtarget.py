@@ -60,7 +60,7 @@ _CHECKPOINT_XID = re.compile(r"; xid \d+:(\d+);")
 _GID = re.compile(r"PREPARE gid (.*): \d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \S+?(?:;|\Z)", re.DOTALL)
 # Resource managers that write a new relation's first page with a record of their own instead of a full-page image.
 _FIRST_PAGES = ("Sequence", "Hash", "BRIN", "Generic")
-_RELIDS = re.compile(r"(?:relids|nrelids): \[?([0-9 ,]+)\]?")
+_RELIDS = re.compile(r"\brelids:? \[?([0-9 ,]+)")
 
 RMGRS = ("Heap", "Transaction", "Standby", "Storage", "Database", "Tablespace", "XLOG", *_FIRST_PAGES)
 # Beginnings of descriptions that the ledger looks at; everything else need not be taken apart.

@@ -52,6 +52,8 @@ _STATEMENT = (
     ("delete", re.compile(r"\b(?:DELETE\s+FROM|MERGE\s+INTO)\b", re.I)),
     ("update", re.compile(r"\b(?:UPDATE\s+\S|MERGE\s+INTO|ON\s+CONFLICT\b.*\bDO\s+UPDATE)\b", re.I | re.S)),
 )
+# Comments and string literals. What is between dollars is code in most cases, and is left as it is.
+_PROSE = re.compile(r"(\$\w*\$).*?\1|/\*.*?\*/|--[^\n]*|'(?:[^']|'')*'", re.S)
 _DURATION = re.compile(r"duration: ([0-9.]+) ms\s*(?:(?:parse|bind|execute) [^:]*: |statement: |plan:)?", re.I)
 _BEGIN = re.compile(r"(?:statement|execute [^:]*|fastpath function call[^:]*): |AUDIT: ", re.I)
 _FAILED = ("ERROR", "FATAL", "PANIC")
@@ -89,7 +91,8 @@ class Statement:
 
 def kinds_of(text: str) -> tuple[str, ...]:
     """What a statement may do to rows; empty for a harmless one."""
-    return tuple(kind for kind, pattern in _STATEMENT if pattern.search(text))
+    code = _PROSE.sub(lambda match: match.group(0) if match.group(1) else " ", text)
+    return tuple(kind for kind, pattern in _STATEMENT if pattern.search(code))
 
 
 def mentions(text: str, relation: str) -> bool:

@@ -307,6 +307,8 @@ class TargetInfo:
                 if self._wanted.name and statement.xid:
                     found.match = "yes"
                 used.add(id(statement))
+        for found in pool:
+            found.log.sort(key=lambda entry: entry[0].time, reverse=True)
         return used
 
     def _may_be(self, statement: Statement, found: Found) -> bool:
