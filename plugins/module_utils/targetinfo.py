@@ -414,12 +414,25 @@ class TargetInfo:
         point = _point(ended, verdict)
         by_lsn = {"recovery_target_lsn": str(point), **common}
         if point == ended.lsn:
-            return {"settings": by_xid, "settings_lsn": by_lsn, "variables": _variables(by_xid)}, []
+            notes = []
+            first = ended.account.first_lsn
+            paused = None if ended.began_before else by_lsn
+            if set(verdict.kinds) & {"drop", "truncate", "rewrite"} and paused is not None:
+                # A standby holds the exclusive locks that it has met in WAL until it meets the transaction's end
+                # (StandbyAcquireAccessExclusiveLock). Nobody else can have changed the relation meanwhile.
+                paused = {"recovery_target_lsn": str(first), **common}
+                notes.append(
+                    "a server that is paused just before the commit holds the transaction's locks, and its relations"
+                    " cannot be read there; promote it, or pause before its first record (settings_paused)"
+                )
+            found = {"settings": by_xid, "settings_lsn": by_lsn, "settings_paused": paused}
+            return {**found, "variables": _variables(by_xid)}, notes
         note = (
             "what it dropped is gone when that is replayed, before the commit: recovery has to stop at an LSN before"
             f" that; recovery_target_xid {ended.xid} would be too late"
         )
-        return {"settings": by_lsn, "settings_lsn": by_lsn, "variables": _variables(by_lsn)}, [note]
+        found = {"settings": by_lsn, "settings_lsn": by_lsn, "settings_paused": by_lsn}
+        return {**found, "variables": _variables(by_lsn)}, [note]
 
     def _plan(self, ended: Ended, settings: dict[str, Any]) -> dict[str, Any]:
         """What a restore to just before it would begin with, or why there is none."""

@@ -173,7 +173,9 @@ candidates:
   description:
     - Committed transactions that may be the one, the most likely first.
     - C(settings) are the recovery settings to stop just before it, C(settings_lsn) the same with an LSN, C(variables)
-      what the role C(restore) takes for it. C(plan) is what M(pgdrill.pitr.restore) would do, C(refusals) why it would
+      what the role C(restore) takes for it. C(settings_paused) stop before its first record, and are for a server that
+      is paused there and read from (paused just before its commit, a standby holds its exclusive locks); what others
+      committed between the two is missing. It is V(null) when its first record is not in the WAL that was read. C(plan) is what M(pgdrill.pitr.restore) would do, C(refusals) why it would
       not.
     - C(certain) is false when the traces in WAL allow for something harmless, or when it could not be told whether the
       relation is the one that was asked for; C(notes) say which. C(complete) is false when its first records are not in
@@ -221,6 +223,10 @@ candidates:
       settings: {"recovery_target_xid": "745", "recovery_target_inclusive": false, "recovery_target_timeline": "1"}
       settings_lsn:
         recovery_target_lsn: 0/7A21F08
+        recovery_target_inclusive: false
+        recovery_target_timeline: "1"
+      settings_paused:
+        recovery_target_lsn: 0/7A21E58
         recovery_target_inclusive: false
         recovery_target_timeline: "1"
       variables: -e restore_target_xid=745 -e restore_target_inclusive=false -e restore_target_timeline=1

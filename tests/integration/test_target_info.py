@@ -464,6 +464,20 @@ def test_restored_server_tells_the_name_of_a_dropped_table(
     assert found["candidates"][0]["certain"]
 
 
+def test_paused_server_can_be_read_before_the_first_lock_of_the_transaction(
+    incidents: Incidents, everything: dict[int, dict[str, Any]], restored: Callable[..., Restored]
+) -> None:
+    candidate = candidate_of(incidents, everything, "drop")
+    assert any("settings_paused" in note for note in candidate["notes"])
+    reading = "SET statement_timeout = '2s'; SELECT count(*) FROM dropped"
+    locked = restored(incidents.sandbox, {**candidate["settings"], "recovery_target_action": "pause"}).run()
+    with pytest.raises(PitrError, match="timeout"):
+        locked.server.sql(reading)
+    paused = restored(incidents.sandbox, {**candidate["settings_paused"], "recovery_target_action": "pause"}).run()
+    assert paused.phase == incidents.phases["drop"]
+    assert paused.server.value(reading) == 100
+
+
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test's commits are all of one minute."""
