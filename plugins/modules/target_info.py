@@ -173,10 +173,11 @@ candidates:
   description:
     - Committed transactions that may be the one, the most likely first.
     - C(settings) are the recovery settings to stop just before it, C(settings_lsn) the same with an LSN, C(variables)
-      what the role C(restore) takes for it. C(settings_paused) stop before its first record, and are for a server that
-      is paused there and read from (paused just before its commit, a standby holds its exclusive locks); what others
-      committed between the two is missing. It is V(null) when its first record is not in the WAL that was read. C(plan) is what M(pgdrill.pitr.restore) would do, C(refusals) why it would
+      what the role C(restore) takes for it. C(plan) is what M(pgdrill.pitr.restore) would do, C(refusals) why it would
       not.
+    - C(settings_paused) stop before its first record, and are for a server that is paused there and read from; paused
+      just before its commit, a standby holds its exclusive locks. What others committed between the two is missing. It
+      is V(null) when its first record is not in the WAL that was read.
     - C(certain) is false when the traces in WAL allow for something harmless, or when it could not be told whether the
       relation is the one that was asked for; C(notes) say which. C(complete) is false when its first records are not in
       the WAL that was read.
