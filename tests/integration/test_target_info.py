@@ -394,7 +394,8 @@ def candidate_of(incidents: Incidents, everything: dict[int, dict[str, Any]], na
     if name == "quick":
         return next(each for each in everything.values() if each["deleted_rows"] == 100)
     if name == "drop database":
-        return next(each for each in everything.values() if "drop_database" in each["kinds"])
+        # Making the template has dropped databases, too.
+        return next(each for each in everything.values() if each["database"] == incidents.doomed)
     return everything[incidents.xids[name]]
 
 

@@ -1940,7 +1940,7 @@ MUTATIONS = (
         "the zone of a log is guessed",
         "serverlog",
         "        if self._zone is None:",
-        "        if self._zone is None:\n            return naive.replace(tzinfo=datetime.timezone.utc)\n        if False:",
+        "        if self._zone is None:\n            return naive.astimezone(datetime.timezone.utc)\n        if False:",
         "tests/unit/test_serverlog.py::test_abbreviation_is_not_guessed",
     ),
     _mutation(
