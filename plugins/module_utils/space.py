@@ -93,8 +93,8 @@ def needs(
 ) -> list[Need]:
     """What a restore of this backup writes, and where.
 
-    ``wal_bytes`` of WAL are replayed; ``tail_bytes`` of it are copied into ``pg_wal`` before. ``factor``: how much of the
-    backup's size is written for it in all, more than 1 for a chain.
+    ``wal_bytes`` of WAL are replayed; ``tail_bytes`` of it are copied into ``pg_wal`` before. ``factor``: how much of
+    the backup's size is written for it in all, more than 1 for a chain.
     """
     sizes, exact = tablespace_bytes(backup)
     about = "" if exact and factor == 1 else " (estimated)"
