@@ -285,6 +285,8 @@ def test_own_hba_file_elsewhere_is_back_after_acceptance_undo_and_failure(
     first = restored(guarded.sandbox, target(guarded), **options)
     again = restored(guarded.sandbox, target(guarded), **options, keep_unaccepted=False)
     assert first.result.moved_aside and not again.result.moved_aside
+    (kept,) = config.glob("*kept*")
+    assert kept.read_text(encoding="utf-8") == guarded.hba
     guarded.start(again)
     again.recovery.accept()
     assert guarded.come_in(again.server) == BOTH
