@@ -125,6 +125,8 @@ def install(directory: str, cluster: str, settings: dict[str, Any], python: str 
             write_atomic(path, data, mode)
             os.chmod(path, mode)
     if changed and not check:
+        for path in (os.path.join(directory, "lib"), os.path.join(directory, "lib", PACKAGE)):
+            _make_directory(os.path.join(path, "__pycache__"))
         # Compiled once here; the server's user may not be allowed to write the cache, and each start would pay for it.
         # By the interpreter that will run it, which may be another version than the one that runs this.
         argv = [python, "-I", "-S", "-m", "compileall", "-q", os.path.join(directory, "lib")]

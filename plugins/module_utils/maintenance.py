@@ -121,8 +121,11 @@ def expire(settings: Settings, cluster: str) -> str:
     folder = ClusterFolder.open(settings.repository, cluster)
     policy = Policy.from_options(settings.keep_full or None, settings.recovery_window or None)
     result = Expiry(folder, policy).run()
-    gone = ", ".join(str(item) for item in result["expired_backups"]) or "no backup"
-    lines = [f"removed from {cluster}: {gone}; segments of WAL: {result['expired_segments']}", *result["notes"]]
+    gone = ", ".join(item["backup"] for item in result["expired_backups"]) or "no backup"
+    lines = [
+        f"removed from {cluster}: {gone}; segments of WAL: {result['expired_segments']['count']}",
+        *result["notes"],
+    ]
     return "\n".join(map(str, lines))
 
 
