@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from . import checksums, codec, extract
+from . import checksums, codec, extract, places
 from .backup import MANIFEST, sha256
 from .catalog import Backup
 from .errors import PitrError
@@ -328,6 +328,9 @@ class Delta:
             with os.scandir(directory) as entries:
                 for entry in entries:
                     name = f"{prefix}/{entry.name}" if prefix else entry.name
+                    if prefix == places.PG_WAL and not places.WAL_NAME.match(entry.name):
+                        # Such as lost+found, where pg_wal is a filesystem of its own. No server takes it for WAL.
+                        continue
                     status = entry.stat(follow_symlinks=False)
                     if stat.S_ISDIR(status.st_mode):
                         if prefix == TABLESPACES and entry.name in map(str, self._locations):
@@ -337,6 +340,10 @@ class Delta:
                             )
                         found.directories.append(name)
                         self._walk(entry.path, name, found)
+                    elif name == places.PG_WAL and stat.S_ISLNK(status.st_mode):
+                        # It stays a link, and what is PostgreSQL's there goes like in a directory.
+                        found.directories.append(name)
+                        self._walk(os.path.realpath(entry.path), name, found)
                     elif stat.S_ISREG(status.st_mode):
                         found.files[name] = status
                     elif not (prefix == TABLESPACES and stat.S_ISLNK(status.st_mode)):

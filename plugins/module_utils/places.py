@@ -26,7 +26,7 @@ from .tree import fsync_directory
 
 PG_WAL = "pg_wal"
 # What a server, pg_basebackup or a recovery puts into pg_wal; nothing else is removed there.
-_WAL_NAME = re.compile(
+WAL_NAME = re.compile(
     r"([0-9A-F]{24}(\.partial|\.[0-9A-F]{8}\.backup)?|[0-9A-F]{8}\.history|RECOVERY(XLOG|HISTORY)|xlogtemp\.\d+"
     r"|archive_status|summaries)\Z"
 )
@@ -154,7 +154,7 @@ def check_wal_directory(request: Request, place: str, locations: Mapping[int, st
 def _is_used(place: str, left_behind: bool) -> bool:
     """Whether there is anything in it, or, when a killed restore has left it behind, anything that is no WAL."""
     names = os.listdir(place)
-    return any(not _WAL_NAME.match(name) for name in names) if left_behind else bool(names)
+    return any(not WAL_NAME.match(name) for name in names) if left_behind else bool(names)
 
 
 def leads_to(pgdata: str, place: str) -> bool:
@@ -178,7 +178,7 @@ def clear_wal(place: str) -> None:
         return
     for name in os.listdir(place):
         path = os.path.join(place, name)
-        if _WAL_NAME.match(name):
+        if WAL_NAME.match(name):
             if os.path.isdir(path) and not os.path.islink(path):
                 shutil.rmtree(path, ignore_errors=True)
             else:
