@@ -229,7 +229,12 @@ def test_server_that_was_not_started_again_is_not_taken_for_one_at_its_new_targe
     history: History, restored: Restore
 ) -> None:
     cluster = paused(history, restored, "second 1")
-    options = {"recovery_target_xid": str(history.commit("second 3").xid)}
+    # The same place, and another action: that is nothing the place could tell.
+    same = {"recovery_target_xid": str(history.commit("second 1").xid), "recovery_target_action": "shutdown"}
+    assert Move(request(cluster, **same)).perform().restart
+    with pytest.raises(PitrError, match="still stands at its old one"):
+        cluster.wait()
+    options = {"recovery_target_xid": str(history.commit("second 3").xid), **PAUSE}
     assert Move(request(cluster, **options)).perform().restart
     with pytest.raises(PitrError, match="still stands at its old one"):
         cluster.wait()
@@ -238,7 +243,7 @@ def test_server_that_was_not_started_again_is_not_taken_for_one_at_its_new_targe
     assert not again.changed and again.restart
     cluster.server.stop()
     # A stopped one is moved as well; it has to be started.
-    third = Move(request(cluster, recovery_target_xid=str(history.commit("third 1").xid))).perform()
+    third = Move(request(cluster, recovery_target_xid=str(history.commit("third 1").xid), **PAUSE)).perform()
     assert third.changed and not third.restart
     assert cluster.run().phase == "third 1"
 

@@ -1784,11 +1784,11 @@ MUTATIONS = (
     ),
     # --- proof of a pause
     _mutation(
-        "words of a statement in the log are proof",
+        "words of a statement in the log hide the proof",
         "serverlog",
         "        if _message(data, found, kind).startswith(beginning):\n",
         "        if True:\n",
-        f"{MOVES}::test_words_of_a_statement_in_the_log_are_no_proof",
+        "tests/unit/test_serverlog.py::test_words_of_somebody_else_are_no_proof",
     ),
     _mutation(
         "a stop of an earlier run is proof",

@@ -77,3 +77,6 @@ def test_words_of_somebody_else_are_no_proof(tmp_path: Path, text: str) -> None:
     log = tmp_path / "log"
     log.write_text(line(START) + text)
     assert serverlog.last_stop(str(tmp_path), str(log)) == ""
+    # And they do not hide what is proof.
+    log.write_text(line(START) + line(STOP) + text)
+    assert serverlog.last_stop(str(tmp_path), str(log)) == STOP
