@@ -27,7 +27,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import BaseBackup
 from ansible_collections.pgdrill.pitr.plugins.module_utils.catalog import Backup
+from ansible_collections.pgdrill.pitr.plugins.module_utils.incremental import Basis
+from ansible_collections.pgdrill.pitr.plugins.module_utils.methods import make_backup
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import query
 from ansible_collections.pgdrill.pitr.tests.integration.exact_oracle import Event, Oracle, Record, World, parse_record
 from ansible_collections.pgdrill.pitr.tests.integration.support import (
@@ -91,9 +94,22 @@ class BackupKind:
     settings: tuple[tuple[str, str], ...] = ()
 
 
+def _incremental(sandbox: Sandbox, label: str, parent: str) -> Backup:
+    folder, login = sandbox.folder, sandbox.server.login
+    basis = Basis(folder, login, parent=parent)
+    return BaseBackup(folder, login, sandbox.bin_dir, label=label, archive_timeout=30, basis=basis).take()
+
+
+def _low_level(sandbox: Sandbox, label: str, _parent: str) -> Backup:
+    folder, login = sandbox.folder, sandbox.server.login
+    return make_backup("low_level", folder, login, sandbox.bin_dir, label=label, archive_timeout=30).take()
+
+
 # One of each kind is taken at each of POINTS, the full one first. A further kind is one more line here.
 BACKUP_KINDS: dict[str, BackupKind] = {
     "full": BackupKind(lambda sandbox, label, parent: sandbox.backup(label)),
+    "incremental": BackupKind(_incremental, 17, (("summarize_wal", "on"),)),
+    "low_level": BackupKind(_low_level),
 }
 
 
