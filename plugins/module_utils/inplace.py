@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from . import delta, places
@@ -24,6 +25,11 @@ def applies(request: Request, system_identifier: str) -> bool:
         return False
     killed = left_behind(pgdata, system_identifier)
     return killed is None or bool(killed)
+
+
+def without_dead_wal(request: Request) -> Request:
+    """The request, without the WAL of the directory that is changed; notes() tells what is lost by that."""
+    return replace(request, dead_pg_wal="none") if request.dead_pg_wal == "auto" else request
 
 
 def check(request: Request, chain: Sequence[Backup], marker: Mapping[str, Any]) -> tuple[list[Refusal], set[str]]:
@@ -43,6 +49,10 @@ def check(request: Request, chain: Sequence[Backup], marker: Mapping[str, Any]) 
     if request.pg_wal_directory and not places.leads_to(pgdata, request.pg_wal_directory):
         message = f"A delta restore leaves pg_wal where it is, and {request.pg_wal_directory} is not there."
         found.append(Refusal("delta_pg_wal", message, "Leave out pg_wal_directory, or delta."))
+    own_wal = os.path.realpath(os.path.join(pgdata, places.PG_WAL))
+    if os.path.realpath(request.dead_pg_wal) == own_wal:
+        message = f"{request.dead_pg_wal} is the pg_wal of the directory that a delta restore changes in place."
+        found.append(Refusal("dead_pg_wal", message, "Copy it elsewhere and name the copy, or restore without delta."))
     locations = request.locations(backup)
     linked = {oid: target for oid, _link, target in delta.links(pgdata)}
     own = {location for oid, location in locations.items() if linked.get(oid) == location}
@@ -67,7 +77,10 @@ def notes(request: Request, backup: Backup, is_in_place: bool) -> list[str]:
     ]
     waiting = delta.unarchived(pgdata)
     if waiting:
-        result.append(f"delta: {waiting} segments in its pg_wal are finished and not archived; they are lost")
+        result.append(
+            f"delta: {waiting} segments in its pg_wal are finished and not archived; they are lost."
+            " Without delta, a restore to latest replays them"
+        )
     locations = request.locations(backup)
     for oid, _link, target in delta.links(pgdata):
         if oid not in locations:

@@ -66,7 +66,9 @@ class Planner:
         backups = [b for b in stored_backups(folder) if b.system_identifier == self.chapter.system_identifier]
         damaged = broken_chains(backups, damaged_backups(folder, backups))
         index = scan(folder, self.chapter)
-        self.beyond = Beyond(self._request, folder, self.chapter)
+        # What is changed in place has no pg_wal of before any more when that would be read.
+        request = inplace.without_dead_wal(self._request) if in_place else self._request
+        self.beyond = Beyond(request, folder, self.chapter)
         result = self._decide(target, backups, damaged, index, in_place) if target is not None else None
         backup = result.backup if result is not None else self._likely(backups, damaged)
         if backup is None:
