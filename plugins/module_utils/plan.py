@@ -250,7 +250,8 @@ def _first_that_works(
             note = f"backup {fitting[0].label} is passed over: {first.refusals[0].message}"
             result = replace(result, notes=(*result.notes, note))
         return result
-    assert first is not None
+    if first is None:
+        raise ValueError("no backup was given")
     raise first
 
 

@@ -220,12 +220,15 @@ def _special() -> Iterator[Case]:
         yield _case("name of an abandoned branch", only, timeline, "auto", "name of an abandoned branch")
         nobody = _fixed({"recovery_target_xid": "900000"})
         yield _case("xid that nobody had", nobody, timeline, "auto", "xid that nobody had")
-        part = lambda history: {"recovery_target_xid": str(history.subtransaction)}  # noqa: E731
-        yield _case("xid of a subtransaction", part, timeline, "auto", "xid of a subtransaction")
+        yield _case("xid of a subtransaction", _subtransaction, timeline, "auto", "xid of a subtransaction")
         before = _fixed({"recovery_target_time": "2001-01-01 00:00:00+05:45"})
         yield _case("time before everything", before, timeline, "auto", "time before everything")
         after = _fixed({"recovery_target_time": "2101-01-01 00:00:00-03:30"})
         yield _case("time after everything", after, timeline, "auto", "time after everything")
+
+
+def _subtransaction(history: History) -> Options:
+    return {"recovery_target_xid": str(history.subtransaction)}
 
 
 def _sample(cases: list[Case]) -> list[Case]:

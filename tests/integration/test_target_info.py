@@ -279,7 +279,7 @@ def test_relation_by_name_number_or_file_finds_its_own_transactions_only(inciden
     assert xids(relation=f"1663/{incidents.postgres}/{oid}") == [incidents.xids["delete"]]
     assert xids(relation=str(incidents.oids["dropped"])) == [incidents.xids["drop"]]
     assert xids(relation="1663/1/1", kinds=KINDS) == []
-    certain = [xid for xid in xids(True, relation="public.thinned", kinds=("delete",))]
+    certain = list(xids(True, relation="public.thinned", kinds=("delete",)))
     assert certain[0] == incidents.xids["delete"]
     # Partitions are their table's.
     assert xids(True, relation="parts", kinds=("update",)) == [incidents.xids["move rows"]]
