@@ -56,7 +56,9 @@ def targets(draw: st.DrawFn) -> RecoveryTarget:
     elif kind == "lsn":
         value["lsn"] = Lsn(draw(st.integers(0, 2**64 - 1)))
     elif kind == "name":
-        value["name"] = draw(st.text(st.characters(codec="utf-8"), min_size=1, max_size=15))
+        # PostgreSQL takes any name, but not its history files (target.py).
+        characters = st.characters(codec="utf-8", exclude_characters="\n\0")
+        value["name"] = draw(st.text(characters, min_size=1, max_size=15))
     timeline = draw(st.one_of(st.sampled_from(["latest", "current"]), st.integers(1, 2**32 - 1).map(str)))
     return RecoveryTarget(
         kind, inclusive=draw(st.booleans()), timeline=timeline, action=draw(st.sampled_from(ACTIONS)), **value
