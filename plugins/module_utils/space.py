@@ -116,6 +116,8 @@ def needs(
 
 def existing(path: str) -> str:
     """The directory itself, or the nearest one above it that is there."""
+    # What is not absolute is refused elsewhere (places.py).
+    path = os.path.abspath(path)
     while not os.path.isdir(path):
         path = os.path.dirname(path)
     return path

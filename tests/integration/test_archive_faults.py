@@ -676,7 +676,14 @@ def test_signal_ends_get_above_125_and_push_below_126(
         "push": [broken.wal_command, "push", CLUSTER, str(original)],
     }
     for verb, argv in slow.items():
-        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as launcher:
+        # Who runs the tests in the background of a shell lets SIGINT be ignored by all that they start.
+        heed = (lambda: signal.signal(number, signal.SIG_DFL)) if number != signal.SIGKILL else None
+        with subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            preexec_fn=heed,  # type: ignore[arg-type]
+        ) as launcher:
             children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
             until(lambda: "python" in _command_line(children), "the interpreter")  # noqa: B023
             os.kill(int(children.read_text().split()[0]), number)
