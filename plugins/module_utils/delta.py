@@ -323,13 +323,12 @@ class Delta:
                 self._walk(os.path.join(location, name), full, found)
         return found
 
-    def _walk(self, directory: str, prefix: str, found: Found) -> None:
+    def _walk(self, directory: str, prefix: str, found: Found, only: re.Pattern[str] | None = None) -> None:
         try:
             with os.scandir(directory) as entries:
                 for entry in entries:
                     name = f"{prefix}/{entry.name}" if prefix else entry.name
-                    if prefix == places.PG_WAL and not places.WAL_NAME.match(entry.name):
-                        # Such as lost+found, where pg_wal is a filesystem of its own. No server takes it for WAL.
+                    if only is not None and not only.match(entry.name):
                         continue
                     status = entry.stat(follow_symlinks=False)
                     if stat.S_ISDIR(status.st_mode):
@@ -343,7 +342,8 @@ class Delta:
                     elif name == places.PG_WAL and stat.S_ISLNK(status.st_mode):
                         # It stays a link, and what is PostgreSQL's there goes like in a directory.
                         found.directories.append(name)
-                        self._walk(os.path.realpath(entry.path), name, found)
+                        # Somebody else's is left alone, such as lost+found of a filesystem. No server takes it for WAL.
+                        self._walk(os.path.realpath(entry.path), name, found, places.WAL_NAME)
                     elif stat.S_ISREG(status.st_mode):
                         found.files[name] = status
                     elif not (prefix == TABLESPACES and stat.S_ISLNK(status.st_mode)):
@@ -398,7 +398,7 @@ def exclusive(pgdata: str) -> Iterator[None]:
 def links(pgdata: str) -> Iterator[tuple[int, str, str]]:
     """OID, link and target of every tablespace that a data directory links to."""
     directory = os.path.join(pgdata, TABLESPACES)
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    with contextlib.suppress(OSError):
         for name in sorted(os.listdir(directory)):
             link = os.path.join(directory, name)
             if os.path.islink(link):

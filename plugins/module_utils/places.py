@@ -212,7 +212,12 @@ def check_server(connection: Any, planned: Mapping[str, Any]) -> None:
     expected = planned.get("tablespaces") or {}
     if not expected:
         return
-    rows = query(connection, "SELECT oid::text, pg_tablespace_location(oid) FROM pg_tablespace")
+    # A server that is paused before the commit of a DROP TABLESPACE has no link any more of what it still lists.
+    rows = query(
+        connection,
+        "SELECT oid::text, pg_tablespace_location(oid) FROM pg_tablespace"
+        " WHERE oid::text IN (SELECT name FROM pg_ls_dir('pg_tblspc') AS entries (name))",
+    )
     wrong = [f"{oid} in {place} instead of {expected[oid]}" for oid, place in rows if expected.get(oid, place) != place]
     if wrong:
         raise PitrError(

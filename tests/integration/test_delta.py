@@ -145,10 +145,11 @@ def test_files_that_have_the_same_crc_whatever_they_hold_are_told_apart(
 def test_nothing_of_the_stored_files_is_read_when_nothing_has_changed(
     history: History, broken: Storage, own_data: Path, restored: Restore
 ) -> None:
-    restored(broken, data=own_data, backup="third", **IN_PLACE)
+    # The rules of who may come in are changed otherwise.
+    restored(broken, data=own_data, backup="third", keep_out=False, **IN_PLACE)
     stored = _base_tar(broken, "third")
     stored.write_bytes(bytes(stored.stat().st_size))
-    again = restored(broken, data=own_data, backup="third", **IN_PLACE)
+    again = restored(broken, data=own_data, backup="third", keep_out=False, **IN_PLACE)
     assert again.result.delta is not None
     assert again.result.delta.written == 0
     assert again.run().phase == "end"
@@ -169,9 +170,9 @@ def test_what_lies_outside_is_not_followed_nor_written_to(
     shutil.move(own_data / "pg_xact", outside / "pg_xact")
     (own_data / "pg_xact").symlink_to(outside / "pg_xact")
     before = fingerprint(outside, tmp_path / "hard")
-    changed = restored(history.storage, data=own_data, backup="first", **IN_PLACE)
+    changed = restored(history.storage, data=own_data, backup="first", keep_out=False, **IN_PLACE)
     assert fingerprint(outside, tmp_path / "hard") == before
-    fresh = restored(history.storage, backup="first")
+    fresh = restored(history.storage, backup="first", keep_out=False)
     assert _files(own_data) == _files(fresh.server.data)
     assert changed.run().phase == "end"
 
@@ -354,7 +355,7 @@ def test_settings_that_have_no_effect_leave_a_directory_that_does_not_start(
     shutil.copy(own_data / "postgresql.conf", config / "postgresql.conf")
     with open(config / "postgresql.conf", "a", encoding="utf-8") as stream:
         stream.write(f"data_directory = '{own_data}'\ninclude_dir = 'conf.d'\nrestore_command = 'false'\n")
-    engine = Engine(history.storage.request(own_data, config_dir=str(config), **IN_PLACE))
+    engine = Engine(history.storage.request(own_data, config_dir=str(config), keep_out=False, **IN_PLACE))
     plan = engine.plan()
     with pytest.raises(PitrError, match="restore_command has no effect"):
         engine.execute(plan)

@@ -421,7 +421,7 @@ def test_nothing_is_lost_whoever_is_killed(
     assert standby.phase == "end"
     standby.server.stop("fast")
     for label in ("first", "last"):
-        cluster = restored(primary, backup=label, archive_after="none-until-promoted").run()
+        cluster = restored(primary, backup=label, archive_after="none-until-promoted", keep_out=False).run()
         assert cluster.phase == "end"
         _compare(primary, cluster, truth)
         cluster.server.stop("immediate")

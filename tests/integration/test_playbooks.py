@@ -239,7 +239,7 @@ def test_nothing_is_destroyed_without_the_right_word(site: Site, tmp_path: Path)
     assert "running" in site.fail("restore", restore_confirm="main", restore_force=True)
     elsewhere = tmp_path / "elsewhere"
     output = site.succeed("restore", "--check", pitr_pgdata=str(elsewhere))
-    assert "consistent_lsn" in output and "first_segment" in output
+    assert "consistent  at " in output and "target      " in output
     assert "restore_confirm=main" in site.fail("restore", pitr_pgdata=str(elsewhere))
     for variables, code in (
         ({"restore_target_time": "2026-01-01 00:00:00+00"}, "target_before_first_backup"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from ansible_collections.pgdrill.pitr.plugins.module_utils import codec
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.plan import RefusedError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import running_pid
@@ -291,12 +292,14 @@ def test_target_beyond_the_archive_is_refused(history: History, nowhere: Path) -
 
 
 def test_lsn_behind_the_last_record_of_the_archive_is_refused(
-    history: History, restored: Callable[..., Restored], nowhere: Path
+    history: History, restored: Callable[..., Restored], nowhere: Path, tmp_path: Path
 ) -> None:
     # Behind the record that has switched WAL nothing begins, though the segment goes on.
-    program = history.sandbox.server.program
-    segment = history.data / "pg_wal" / history.storage.segments()[-1].name[:24]
-    shown = program("pg_waldump", str(segment)).stdout.splitlines()
+    stored = next(path for path in reversed(history.storage.segments()) if len(path.name) == 24)
+    segment = tmp_path / stored.name
+    with codec.open_reader(str(stored)) as reader:
+        segment.write_bytes(reader.read())
+    shown = history.sandbox.server.program("pg_waldump", str(segment)).stdout.splitlines()
     last = Lsn.parse(shown[-1].split("lsn: ")[1].split(",")[0])
     for more in ({}, {"recovery_target_inclusive": False}):
         with refused(nowhere, history.storage, "target_beyond_archive") as messages:
