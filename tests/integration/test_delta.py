@@ -82,9 +82,9 @@ def test_directory_of_the_server_becomes_that_of_the_backup_and_recovers(
     (own_data / "base" / "99999" / "1259").write_bytes(b"a database that was created later")
     (own_data / "pg_replslot" / "gone").mkdir()
     (own_data / "pg_replslot" / "gone" / "state").write_bytes(b"a slot")
-    fresh = restored(history.storage, backup="second")
+    fresh = restored(history.storage, backup="second", keep_out=False)
     inodes = {path: path.stat().st_ino for path in own_data.rglob("*") if path.is_file()}
-    changed = restored(history.storage, data=own_data, backup="second", **IN_PLACE)
+    changed = restored(history.storage, data=own_data, backup="second", keep_out=False, **IN_PLACE)
     assert changed.plan.in_place
     assert changed.result.moved_aside == ""
     assert list(own_data.parent.iterdir()) == [own_data]
