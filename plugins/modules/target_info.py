@@ -19,7 +19,7 @@ description:
   - WAL knows relations by numbers. With C(login_*) of the running server, or of one that was restored to a moment
     before, the result has their names; with O(log_files) also who did it and with which statement.
   - C(VACUUM FULL), C(CLUSTER), C(REINDEX) and C(ALTER TABLE) remove files as well. They are told from a drop, and a
-    candidate for which that is not possible says so: its C(certain) in RV(candidates) is false.
+    candidate for which that is not possible has a false C(certain) in RV(candidates).
   - Whatever is aborted is no candidate. What happened to temporary and unlogged tables is not in WAL, except that they
     were dropped.
 extends_documentation_fragment:
