@@ -164,7 +164,8 @@ def test_code_that_the_servers_run_is_nobody_elses_to_change(name: str, request:
 
 def test_check_mode_of_converged_hosts_shows_no_change() -> None:
     argv = ["ansible-playbook", "-i", os.environ["MOLECULE_INVENTORY_FILE"], "playbooks/site.yml", "--check"]
-    answer = subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    plain = {**os.environ, "ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"}
+    answer = subprocess.run(argv, cwd=CHECKOUT, env=plain, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stdout[-3000:]
     recap = re.findall(r"^(\w+) +: ok=\d+ +changed=(\d+)", answer.stdout, re.MULTILINE)
     assert recap == [("primary", "0"), ("repository", "0")], answer.stdout[-5000:]
