@@ -23,12 +23,14 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import codec, encryption, locks
 from .catalog import Backup, StoredFile, Tablespace
 from .errors import PitrError
-from .facts import gather
+from .facts import Facts, gather
+from .manifest import Summary, read_summary
 from .postgres import Login, binary, binary_version, query, run
 from .repository import (
     BACKUP_FILE,
@@ -47,10 +49,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "backup_manifest"
 KEEP_FILE = "keep.json"
-_RANGE = re.compile(rb'\{ "Timeline": (\d+), "Start-LSN": "([0-9A-F/]+)", "End-LSN": "([0-9A-F/]+)" \}')
 # What the server says when it cannot tell what has changed (basebackup_incremental.c, walsummarizer.c).
 _NO_SUMMARIES = ("WAL summaries are required", "WAL summarization is not progressing", "unless WAL summarization is")
-_SIZE = re.compile(rb'^\{ "(?:Encoded-)?Path": .*?, "Size": (\d+),')
 
 
 def stored_backups(folder: ClusterFolder) -> list[Backup]:
@@ -129,23 +129,6 @@ def parse_tablespace_map(text: str) -> tuple[Tablespace, ...]:
     """Tablespaces of a backup. Lines end at a line feed that no backslash escapes."""
     entries = re.findall(r"(\d+) ((?:[^\\\n]|\\.)+)\n", text, flags=re.DOTALL)
     return tuple(Tablespace(int(oid), unescape_tablespace(path)) for oid, path in entries)
-
-
-def manifest_facts(path: str) -> tuple[int, Lsn, Lsn, int, int]:
-    """Timeline, start LSN, stop LSN, number of files and bytes of a backup manifest, read line by line."""
-    files = total = 0
-    ranges: list[tuple[int, Lsn, Lsn]] = []
-    with open(path, "rb") as stream:
-        for line in stream:
-            match = _SIZE.match(line)
-            if match:
-                files += 1
-                total += int(match.group(1))
-                continue
-            ranges += [(int(tli), Lsn.parse(a.decode()), Lsn.parse(b.decode())) for tli, a, b in _RANGE.findall(line)]
-    if not ranges:
-        raise PitrError(f"{path} is damaged: it tells no WAL range.")
-    return ranges[-1][0], min(item[1] for item in ranges), max(item[2] for item in ranges), files, total
 
 
 def sha256(path: str, tree: Tree = LOCAL) -> str:
@@ -278,7 +261,7 @@ class BaseBackup:
                 stack.enter_context(locks.taking(self._folder, label, *self._begin(connection, facts)))
                 self._copy(connection, partial, label, facts, lock)
                 if connection is not None:
-                    facts["told"] = gather(connection, os.path.join(partial, MANIFEST))
+                    facts["told"] = gather(connection)
                 stopped_at, next_xid = self._end(connection, facts)
                 backup = self._describe(partial, label, facts, started_at, stopped_at, next_xid, lock)
                 self._await_wal(connection, backup, facts)
@@ -434,15 +417,21 @@ class BaseBackup:
         next_xid: int,
         lock: int,
     ) -> Backup:
-        timeline, start, stop, file_count, total = manifest_facts(os.path.join(directory, MANIFEST))
-        self._check_timeline(os.path.join(directory, MANIFEST))
+        summary = read_summary(os.path.join(directory, MANIFEST))
+        if len(summary.timelines) > 1:
+            # It has no place in a catalog of one timeline each.
+            raise PitrError(
+                f"{self._login} has gone from timeline {summary.timelines[0]} to {summary.timelines[-1]} since its last"
+                " restartpoint. The backup was removed again. Run CHECKPOINT on the primary and take another."
+            )
+        told: Facts | None = facts.get("told")
         names = sorted(os.listdir(directory))
         base = [name for name in names if name.startswith("base.tar")]
         if len(base) != 1:
             raise PitrError(f"pg_basebackup left no base.tar in {directory}.")
         verified = "no"
         if self._verify:
-            verified = self._check_content(directory, names, file_count, total)
+            verified = self._check_content(directory, names, summary)
         tablespaces = self._tablespaces(os.path.join(directory, base[0]))
         restored = changed = 0
         if self.parent is not None and self._basis is not None:
@@ -457,12 +446,12 @@ class BaseBackup:
             system_identifier=facts["system_identifier"],
             postgresql_version=facts["version"],
             wal_segment_size=facts["wal_segment_size"],
-            timeline=timeline,
-            start_lsn=start,
-            stop_lsn=stop,
+            timeline=summary.timelines[-1],
+            start_lsn=summary.start_lsn,
+            stop_lsn=summary.stop_lsn,
             started_at=started_at.astimezone(datetime.timezone.utc),
             stopped_at=stopped_at.astimezone(datetime.timezone.utc),
-            database_bytes=total,
+            database_bytes=summary.bytes,
             compression=self._compressed_with(facts),
             verified=verified,
             files=tuple(
@@ -477,7 +466,7 @@ class BaseBackup:
             changed_bytes=changed,
             method=self.method,
             own_wal=self._own_wal(),
-            facts=facts.get("told"),
+            facts=replace(told, tablespace_bytes=summary.tablespace_bytes) if told is not None else None,
         )
 
     def _own_wal(self) -> tuple[str, ...]:
@@ -487,18 +476,7 @@ class BaseBackup:
     def _tablespaces(self, base_tar: str) -> tuple[Tablespace, ...]:
         return _tablespaces(base_tar)
 
-    def _check_timeline(self, manifest: str) -> None:
-        """A backup that begins on one timeline and ends on another has no place in a catalog of one timeline each."""
-        with open(manifest, "rb") as stream:
-            lines = (line for line in stream if b"Timeline" in line)
-            timelines = sorted({int(found[0]) for line in lines for found in _RANGE.findall(line)})
-        if len(timelines) > 1:
-            raise PitrError(
-                f"{self._login} has gone from timeline {timelines[0]} to {timelines[-1]} since its last restartpoint."
-                " The backup was removed again. Run CHECKPOINT on the primary and take another."
-            )
-
-    def _check_content(self, directory: str, names: list[str], file_count: int, total: int) -> str:
+    def _check_content(self, directory: str, names: list[str], summary: Summary) -> str:
         """Read the backup back. Returns ``checksums`` or ``sizes``, the level that was reached.
 
         pg_verifybackup reads tar files from PostgreSQL 18; before, the walk proves the compression's checksum, the tar
@@ -516,9 +494,10 @@ class BaseBackup:
                         if member.kind == "file" and not member.name.startswith("pg_wal/"):
                             found += 1
                             found_bytes += member.size
-        if (found, found_bytes) != (file_count, total):
+        if (found, found_bytes) != (summary.files, summary.bytes):
             raise PitrError(
-                f"The backup has {found} files with {found_bytes} bytes, the manifest {file_count} with {total}."
+                f"The backup has {found} files with {found_bytes} bytes, the manifest {summary.files} with"
+                f" {summary.bytes}."
                 " The backup was removed again."
             )
         return "sizes"

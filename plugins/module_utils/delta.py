@@ -32,8 +32,8 @@ from .backup import MANIFEST, sha256
 from .catalog import Backup
 from .errors import PitrError
 from .extract import IN_PROGRESS
+from .manifest import read_manifest
 from .tree import LOCAL, Tree, fsync_directory
-from .verify import read_manifest
 
 TABLESPACES = "pg_tblspc"
 # What initdb makes (its array subdirs); all of them are in every backup, full or empty.
@@ -123,14 +123,12 @@ class Delta:
         locations: Mapping[int, str],
         bin_dir: str,
         tree: Tree = LOCAL,
-        keep: Callable[[str], bool] = lambda _name: False,
         noted: Mapping[str, str] | None = None,
     ) -> None:
         """``noted``: name to SHA-256 of files of this very backup, for those that its manifest does not tell apart.
 
         ``stored``: the backup's folder in the repository. ``locations``: tablespace OID to its directory.
 
-        ``keep``: asked for every file that the backup does not have (``pg_wal/…``) whether it stays all the same.
         """
         self._backup = backup
         self._stored = stored
@@ -138,7 +136,6 @@ class Delta:
         self._locations = dict(locations)
         self._bin_dir = bin_dir
         self._tree = tree
-        self._keep = keep
         self._noted = noted or {}
         self._version = version_directory(backup.postgresql_version)
         self._entries: dict[str, dict[str, Any]] = {}
@@ -166,7 +163,7 @@ class Delta:
         extra = [
             name
             for name in [*found.files, *found.others]
-            if name not in known and name not in (IN_PROGRESS, extract.PG_CONTROL) and not self._keep(name)
+            if name not in known and name not in (IN_PROGRESS, extract.PG_CONTROL)
         ]
         needed = frozenset(sizes) - kept
         return Comparison(
@@ -268,9 +265,7 @@ class Delta:
                 written[name] = path
         ours = {*self._entries, IN_PROGRESS, extract.HELD_BACK}
         wrong += [
-            f"{self._path(name)} is not in the backup"
-            for name in [*found.files, *found.others]
-            if name not in ours and not self._keep(name)
+            f"{self._path(name)} is not in the backup" for name in [*found.files, *found.others] if name not in ours
         ]
         if content and not wrong:
             differing = checksums.differing(self._bin_dir, written, self._entries)

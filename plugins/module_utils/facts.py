@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,8 +21,6 @@ from .postgres import FLOORS, query
 
 # How pg_database and pg_collation abbreviate them (catalog/pg_collation.h).
 PROVIDERS = {"c": "libc", "i": "icu", "b": "builtin"}
-
-_SIZE = re.compile(rb'^\{ "Path": "pg_tblspc/(\d+)/.*?, "Size": (\d+),')
 
 
 @dataclass(frozen=True)
@@ -72,10 +69,10 @@ class Facts:
         return cls(**known)
 
 
-def gather(connection: Any, manifest: str = "") -> Facts:
+def gather(connection: Any) -> Facts:
     """Ask the server that is being backed up. Never raises: what it does not tell is not known.
 
-    ``manifest``: path of the plain backup manifest, for the sizes of the tablespaces.
+    The sizes of the tablespaces are in the backup's manifest.
     """
     known: dict[str, Any] = {}
     with contextlib.suppress(PitrError):
@@ -104,22 +101,7 @@ def gather(connection: Any, manifest: str = "") -> Facts:
                 f"SELECT pg_collation_actual_version(oid) FROM pg_collation WHERE {which} ORDER BY oid LIMIT 1",
             )
             known[name] = str(rows[0][0] or "") if rows else ""
-    with contextlib.suppress(OSError):
-        if manifest:
-            known["tablespace_bytes"] = manifest_tablespaces(manifest)
     return Facts(**known)
-
-
-def manifest_tablespaces(path: str) -> dict[int, int]:
-    """Bytes of the files of each tablespace, by oid, as a backup manifest lists them."""
-    sizes: dict[int, int] = {}
-    with open(path, "rb") as stream:
-        for line in stream:
-            match = _SIZE.match(line)
-            if match:
-                oid = int(match.group(1))
-                sizes[oid] = sizes.get(oid, 0) + int(match.group(2))
-    return sizes
 
 
 def host_glibc() -> str:

@@ -148,8 +148,7 @@ def _check_keep_out(request: Request) -> Iterator[Refusal]:
         # Of the old directory it does not matter; of another one the restore says so, and puts everything back.
         return
     why = keep_out.problem(hba_file, [request.pgdata, request.configuration])
-    within = f"{os.path.realpath(hba_file)}/".startswith(f"{os.path.realpath(request.pgdata)}/")
-    if why and not within:
+    if why and not places.within(hba_file, request.pgdata):
         message = f"Ordinary users cannot be kept out of the restored cluster: {why}."
         yield Refusal("keep_out", message, keep_out.INSTEAD)
 

@@ -23,7 +23,7 @@ from .backup import MANIFEST, BaseBackup, parse_tablespace_map, store_history
 from .catalog import Tablespace
 from .codec import parse
 from .errors import PitrError
-from .manifest import Manifest
+from .manifest import Manifest, Summary
 from .postgres import binary_version, control_data, query
 from .repository import ClusterFolder
 from .snapshot import Snapshot
@@ -257,7 +257,7 @@ class LowLevelBackup(BaseBackup):
             copy.add("tablespace_map", text.encode("utf-8", "surrogateescape"))
         copy.finish(control)
 
-    def _check_content(self, directory: str, names: list[str], file_count: int, total: int) -> str:
+    def _check_content(self, directory: str, names: list[str], summary: Summary) -> str:
         readback.check(directory, names)
         return "checksums"
 

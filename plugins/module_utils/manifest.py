@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A backup manifest as the server writes it, for backups that are copied here.
+"""Backup manifests: summed up, read, and written as the server does it, for backups that are copied here.
 
-Source: chapter "Backup Manifest Format" and backup_manifest.c. Checksums are SHA-256: CRC-32C, the server's default, is
-not in Python's library.
+Source: chapter "Backup Manifest Format" and backup_manifest.c. Checksums that are written here are SHA-256: CRC-32C,
+the server's default, is not in Python's library.
 """
 
 from __future__ import annotations
@@ -13,13 +13,100 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from . import codec
+from .errors import PitrError
 from .wal import Lsn
 
 ALGORITHM = "SHA256"
+_RANGE = re.compile(rb'\{ "Timeline": (\d+), "Start-LSN": "([0-9A-F/]+)", "End-LSN": "([0-9A-F/]+)" \}')
+_SIZE = re.compile(rb'^\{ "(?:Encoded-)?Path": (?:"pg_tblspc/(\d+)/)?.*?, "Size": (\d+),')
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a manifest says of the whole. ``timelines`` of the WAL that the backup needs, in order; ``bytes`` of files.
+
+    ``tablespace_bytes``: those of them in each tablespace, by oid.
+    """
+
+    timelines: tuple[int, ...]
+    start_lsn: Lsn
+    stop_lsn: Lsn
+    files: int
+    bytes: int
+    tablespace_bytes: Mapping[int, int]
+
+
+def read_summary(path: str) -> Summary:
+    """Sum a plain manifest up, line by line. Raises PitrError when it tells no WAL range."""
+    files = total = 0
+    spaces: dict[int, int] = {}
+    ranges: list[tuple[int, Lsn, Lsn]] = []
+    with open(path, "rb") as stream:
+        for line in stream:
+            match = _SIZE.match(line)
+            if match:
+                files += 1
+                total += int(match.group(2))
+                if match.group(1):
+                    oid = int(match.group(1))
+                    spaces[oid] = spaces.get(oid, 0) + int(match.group(2))
+                continue
+            ranges += [(int(tli), Lsn.parse(a.decode()), Lsn.parse(b.decode())) for tli, a, b in _RANGE.findall(line)]
+    if not ranges:
+        raise PitrError(f"{path} is damaged: it tells no WAL range.")
+    timelines = tuple(sorted({timeline for timeline, _start, _stop in ranges}))
+    start, stop = min(each[1] for each in ranges), max(each[2] for each in ranges)
+    return Summary(timelines, start, stop, files, total, spaces)
+
+
+def entry_name(entry: dict[str, Any]) -> str:
+    """Path of one file, relative to the data directory."""
+    if "Encoded-Path" in entry:
+        return bytes.fromhex(entry["Encoded-Path"]).decode("utf-8", "surrogateescape")
+    return str(entry["Path"])
+
+
+def read_manifest(reader: codec.Reader) -> dict[str, str]:
+    """Name to entry (a line of JSON) of a backup manifest. Raises PitrError when it is damaged.
+
+    The manifest ends with a checksum of all that is before its last line (sendManifest of backup_manifest.c), and has
+    one line for each file.
+    """
+    expected: dict[str, str] = {}
+    digest = hashlib.sha256()
+    rest = b""
+    told = None
+    while True:
+        data = reader.read(codec.CHUNK)
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            if line.startswith(b'"Manifest-Checksum"'):
+                told = line.partition(b": ")[2].strip(b'"} ').decode(errors="replace")
+                continue
+            if told is not None:
+                raise PitrError("there is something after the manifest's checksum")
+            digest.update(line + b"\n")
+            if line.startswith((b'{ "Path"', b'{ "Encoded-Path"')):
+                try:
+                    text = line.rstrip(b",").decode()
+                    expected[entry_name(json.loads(text))] = text
+                except (ValueError, KeyError) as error:
+                    raise PitrError(f"it has a line that cannot be read: {error}") from None
+        if not data:
+            break
+    if told is None:
+        raise PitrError("it ends before its checksum")
+    if digest.hexdigest() != told:
+        raise PitrError("its own checksum is wrong")
+    return expected
 
 
 def version_for(major: int) -> int:

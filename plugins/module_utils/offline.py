@@ -23,7 +23,7 @@ from .catalog import Backup, Tablespace
 from .codec import parse
 from .errors import PitrError
 from .lowlevel import check_readable, escape_location, keep_history
-from .manifest import Manifest
+from .manifest import Manifest, Summary
 from .postgres import ControlData, binary, binary_version, control_data, data_version, run, running_pid
 from .repository import archived_logs
 from .tarcopy import Copy, parse_rate
@@ -226,7 +226,7 @@ class OfflineBackup(BaseBackup):
     def _own_wal(self) -> tuple[str, ...]:
         return self._wal
 
-    def _check_content(self, directory: str, names: list[str], file_count: int, total: int) -> str:
+    def _check_content(self, directory: str, names: list[str], summary: Summary) -> str:
         readback.check(directory, names)
         return "checksums"
 

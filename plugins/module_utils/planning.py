@@ -175,7 +175,7 @@ class Planner:
         tree = self.folder.tree
         if tree.identity:
             self._try("backup_damaged", lambda: check_identity(tree.identity))
-            if f"{os.path.realpath(tree.identity)}/".startswith(f"{os.path.realpath(self._request.pgdata)}/"):
+            if places.within(tree.identity, self._request.pgdata):
                 message = f"The identity file {tree.identity} lies in the data directory, which is replaced."
                 self._refuse("identity_unusable", message, "Keep it elsewhere.")
         if any(refusal.code in (*_KEYS, "backup_damaged") for refusal in self._refusals):

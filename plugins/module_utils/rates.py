@@ -95,7 +95,7 @@ def estimate(path: str, backup: Backup, wal_bytes: int) -> dict[str, Any]:
         replay = copy / REPLAY_SLOWER
         replay_basis = "a guess from the time of the copy; no recovery was measured yet"
     return {
-        "copy_seconds": round(backup.database_bytes / copy, 1) if copy else 0.0,
+        "copy_seconds": round(backup.directory_bytes / copy, 1) if copy else 0.0,
         "copy_basis": copy_basis,
         "replay_seconds": round(wal_bytes / replay, 1) if replay else 0.0,
         "replay_basis": replay_basis,

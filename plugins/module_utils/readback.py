@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from . import codec
 from .backup import MANIFEST, open_tar
 from .errors import PitrError
-from .verify import read_manifest
+from .manifest import read_manifest
 
 
 def check(directory: str, names: Sequence[str]) -> None:

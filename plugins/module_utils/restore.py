@@ -202,7 +202,7 @@ class Restore:
         stored = os.path.join(self._planner.folder.backups_path, result.backup.label)
         tree = self._planner.folder.tree
         told = recalled(result.backup, recovery_conf.planned(self._request.configuration))
-        work = Delta(result.backup, stored, pgdata, locations, self._request.bin_dir, tree, self._keep_in_place, told)
+        work = Delta(result.backup, stored, pgdata, locations, self._request.bin_dir, tree, told)
         with exclusive(pgdata):
             killed = left_behind(pgdata, self._planner.chapter.system_identifier)
             comparison = work.compare(lambda: self._renew(lease))
@@ -243,10 +243,6 @@ class Restore:
             " moves it aside.",
             **detail,
         )
-
-    def _keep_in_place(self, _name: str) -> bool:
-        """Whether a file that the backup does not have (such as ``pg_wal/…``) stays in a delta restore."""
-        return False
 
     def _renewing(self, progress: Marker, lease: str) -> Callable[[int], None]:
         """Counts bytes, and renews the lease every minute of a long copy."""

@@ -28,6 +28,7 @@ from .backup import KEEP_FILE, MANIFEST, open_tar, sha256
 from .catalog import Backup, ChainError, chain
 from .errors import PitrError
 from .index import ArchiveIndex
+from .manifest import entry_name, read_manifest
 from .postgres import binary, binary_version, run
 from .reach import spans_from
 from .repository import BACKUP_FILE, Chapter, ClusterFolder
@@ -365,7 +366,7 @@ class _Batches:
         entries = [json.loads(entry) for entry in self._entries]
         names = {}
         for number, entry in enumerate(entries):
-            names[f"f{number}"] = _entry_name(entry)
+            names[f"f{number}"] = entry_name(entry)
             entry.pop("Encoded-Path", None)
             entry["Path"] = f"f{number}"
         # Version 1 has no system identifier, which would have to be that of a pg_control; every version reads it.
@@ -394,47 +395,6 @@ class _Batches:
 def _plain(name: str) -> str:
     """The name that a stored file had before it was encrypted."""
     return name[: -len(ENCRYPTED)] if name.endswith(ENCRYPTED) else name
-
-
-def _entry_name(entry: dict[str, Any]) -> str:
-    if "Encoded-Path" in entry:
-        return bytes.fromhex(entry["Encoded-Path"]).decode("utf-8", "surrogateescape")
-    return str(entry["Path"])
-
-
-def read_manifest(reader: codec.Reader) -> dict[str, str]:
-    """Name to entry (a line of JSON) of a backup manifest. Raises PitrError when it is damaged.
-
-    The manifest ends with a checksum of all that is before its last line (sendManifest of backup_manifest.c), and has
-    one line for each file.
-    """
-    expected: dict[str, str] = {}
-    digest = hashlib.sha256()
-    rest = b""
-    told = None
-    while True:
-        data = reader.read(codec.CHUNK)
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            if line.startswith(b'"Manifest-Checksum"'):
-                told = line.partition(b": ")[2].strip(b'"} ').decode(errors="replace")
-                continue
-            if told is not None:
-                raise PitrError("there is something after the manifest's checksum")
-            digest.update(line + b"\n")
-            if line.startswith((b'{ "Path"', b'{ "Encoded-Path"')):
-                try:
-                    text = line.rstrip(b",").decode()
-                    expected[_entry_name(json.loads(text))] = text
-                except (ValueError, KeyError) as error:
-                    raise PitrError(f"it has a line that cannot be read: {error}") from None
-        if not data:
-            break
-    if told is None:
-        raise PitrError("it ends before its checksum")
-    if digest.hexdigest() != told:
-        raise PitrError("its own checksum is wrong")
-    return expected
 
 
 def choose(backups: Sequence[Backup], choice: str) -> list[Backup]:

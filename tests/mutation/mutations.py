@@ -1297,7 +1297,7 @@ MUTATIONS = (
     _mutation(
         "a backup from one timeline to another is taken",
         "backup",
-        "        if len(timelines) > 1:\n",
+        "        if len(summary.timelines) > 1:\n",
         "        if False:\n",
         "tests/unit/test_backup.py::test_backup_on_two_timelines_is_refused",
     ),
@@ -1677,7 +1677,7 @@ MUTATIONS = (
     _mutation(
         "the rules of another server are exchanged",
         "hostcheck",
-        "    if why and not within:\n",
+        "    if why and not places.within(hba_file, request.pgdata):\n",
         "    if False:\n",
         f"{KEEP_OUT}::test_hba_file_that_may_be_somebody_elses_is_refused_and_nothing_is_touched",
     ),
@@ -2553,7 +2553,7 @@ MUTATIONS = (
     ),
     _mutation(
         "the manifest's own checksum is not compared",
-        "verify",
+        "manifest",
         "    if digest.hexdigest() != told:",
         "    if False:",
         "tests/integration/test_backup_verify.py::test_manifest_with_a_wrong_checksum_of_its_own_is_named",

@@ -26,7 +26,6 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import (
     MANIFEST,
     BaseBackup,
     damaged_backups,
-    manifest_facts,
     open_tar,
     parse_tablespace_map,
     sha256,
@@ -35,6 +34,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import (
 from ansible_collections.pgdrill.pitr.plugins.module_utils.catalog import StoredFile, Tablespace
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.facts import Facts
+from ansible_collections.pgdrill.pitr.plugins.module_utils.manifest import read_summary
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import (
     BACKUP_FILE,
@@ -107,7 +107,7 @@ class Site:
         }
         self.phase = "streaming database files"
         monkeypatch.setattr(module, "query", self.query)
-        monkeypatch.setattr(module, "gather", lambda _connection, manifest: Facts(tablespace_bytes={5: 7}))
+        monkeypatch.setattr(module, "gather", lambda _connection: Facts(data_checksums=True))
         self.history: object = b"1\t0/100000\tno recovery target specified\n"
         self.replication = 0
         monkeypatch.setattr(Login, "connect", self.connect)
@@ -606,15 +606,22 @@ def test_stored_file_that_is_missing_or_cut_is_damage(site: Site) -> None:
 
 def test_manifest_is_summed_up(tmp_path: Path) -> None:
     path = put(tmp_path, MANIFEST, manifest(FILES, "1/200028", "A/300100"))
-    timeline, start, stop, files, total = manifest_facts(path)
-    assert (timeline, start, stop, files) == (1, 0x100200028, 0xA00300100, 5)
-    assert total == sum(map(len, FILES.values())) + 500
+    found = read_summary(path)
+    assert (found.timelines, found.start_lsn, found.stop_lsn) == ((1,), 0x100200028, 0xA00300100)
+    assert (found.files, found.bytes) == (5, sum(map(len, FILES.values())) + 500)
+
+
+def test_bytes_of_each_tablespace_are_in_the_manifest(tmp_path: Path) -> None:
+    files = {"base/1/2": b"1", "pg_tblspc/16385/PG_18/1/2": b"12345", "pg_tblspc/16385/PG_18/1/3": b"1"}
+    found = read_summary(put(tmp_path, MANIFEST, manifest(files)))
+    assert found.tablespace_bytes == {16385: 6}
 
 
 @pytest.mark.parametrize("name", ['quo"te", "Size": 7, "x', "back\\slash", "a, b", "{ }", "ä"])
 def test_manifest_with_odd_names_is_summed_up(tmp_path: Path, name: str) -> None:
     path = put(tmp_path, MANIFEST, manifest({"first": b"1", name: b"12345"}))
-    assert manifest_facts(path)[3:] == (3, 506)
+    found = read_summary(path)
+    assert (found.files, found.bytes) == (3, 506)
 
 
 @pytest.mark.parametrize(
