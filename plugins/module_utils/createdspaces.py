@@ -94,9 +94,7 @@ def _is_behind(record: Record, result: RestorePlan) -> bool:
         return False
     if target.xid is not None:
         return record.ended_xid == target.xid & 0xFFFFFFFF
-    if target.time is None:
-        return False
-    return record.time > target.time or (record.time == target.time and not target.inclusive)
+    return target.stops_before(record.time)
 
 
 def _is_occupied(place: str) -> bool:

@@ -25,6 +25,7 @@ from .catalog import Backup
 from .errors import PitrError
 from .index import ArchiveIndex, scan
 from .instance import Instance
+from .locate import Locator
 from .plan import Location, Refusal, RefusedError, plan, target_timeline
 from .postgres import ControlData, Login, control_data, effective_setting
 from .reach import reachable_end, spans_from
@@ -215,26 +216,23 @@ class Move:
         """Where PostgreSQL would stop, from the restartpoint on; for a time also the last transaction's."""
         if target.kind in ("latest", "lsn"):
             return None, None
+        if target.time is None:
+            found = Locator(scanner, index, timeline, [here]).find(target)
+            if found.location is None:
+                message = f"The target {target} is not in the archived WAL of timeline {timeline} from LSN"
+                message += f" {here.start_lsn} on, where this recovery would begin again."
+                nearest = f"{found.nearby} If it is older: {AGAIN[0].lower()}{AGAIN[1:]}".strip()
+                raise self._refuse("target_not_in_archive", message, nearest)
+            return found.location, None
         spans: list[Span] = spans_from(here.start_lsn, index.tree, timeline)
         last, _count, missing = reachable_end(here, index, timeline)
         if missing:
             last = min(number for _timeline, number in missing) - 1
-        if target.time is None:
-            if target.xid is not None:
-                found = scanner.find_xid(spans, last, target.xid)
-            else:
-                found = scanner.find_name(spans, last, target.name or "")
-            if found is None:
-                message = f"The target {target} is not in the archived WAL of timeline {timeline} from LSN"
-                message += f" {here.start_lsn} on, where this recovery would begin again."
-                raise self._refuse("target_not_in_archive", message, f"If it is older: {AGAIN[0].lower()}{AGAIN[1:]}")
-            return found, None
         latest = None
         for record in scanner.records(spans, last, ("Transaction",)):
             if record.time is None:
                 continue
-            # recoveryStopsBefore of xlogrecovery.c: the first one that is later, or, exclusive, not earlier.
-            if record.time > target.time or (record.time == target.time and not target.inclusive):
+            if target.stops_before(record.time):
                 return Location(record.lsn, record.timeline, record.time), record.time
             latest = record.time
         return None, latest or target.time - datetime.timedelta(microseconds=1)

@@ -334,17 +334,6 @@ def segment_names(result: RestorePlan, index: ArchiveIndex) -> Iterator[str]:
                 break
 
 
-def _stops_before(target: RecoveryTarget, last_commit: datetime.datetime | None) -> bool:
-    """Whether a recovery to a time ends before the last transaction that can be replayed.
-
-    PostgreSQL stops before the first transaction that ended later; without one it does not promote
-    (recoveryStopsBefore of xlogrecovery.c).
-    """
-    if target.time is None or last_commit is None:
-        return False
-    return last_commit > target.time or (last_commit == target.time and not target.inclusive)
-
-
 def _passes_switch(
     target: RecoveryTarget, location: Location | None, last_commit: datetime.datetime | None, switch: Lsn
 ) -> bool:
@@ -360,7 +349,7 @@ def _passes_switch(
         return location.lsn >= switch
     if target.time is not None:
         # The last transaction that can be replayed lies before the switch then.
-        return not _stops_before(target, last_commit)
+        return not target.stops_before(last_commit)
     return target.kind == "latest"
 
 
@@ -384,7 +373,7 @@ def _with_wal(
         last = target.lsn.segment_number(size)
     elif location is not None:
         last = location.lsn.segment_number(size)
-    elif missing and _stops_before(target, last_commit):
+    elif missing and target.stops_before(last_commit):
         # The recovery does not come to the hole.
         last = min(number for _timeline, number in missing) - 1
     spans = needed_spans(backup, index.tree, timeline)
@@ -418,7 +407,7 @@ def _with_wal(
             " before a record, and there is no WAL since then."
         )
         refusals.append(Refusal("target_beyond_archive", message, "With recovery_target_action: promote it works."))
-    if target.time is not None and not in_the_way and last_commit and not _stops_before(target, last_commit):
+    if target.time is not None and not in_the_way and last_commit and not target.stops_before(last_commit):
         message = f"The target {target} is not before the last transaction in the archive."
         nearest = f"The latest restorable time is just before {format_time(last_commit)}; 'latest' restores everything."
         refusals.append(Refusal("target_beyond_archive", message, nearest))

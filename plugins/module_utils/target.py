@@ -77,6 +77,16 @@ class RecoveryTarget:
     timeline: str = "latest"
     action: str = "promote"
 
+    def stops_before(self, ended: datetime.datetime | None) -> bool:
+        """Whether a recovery to a time ends before a transaction that ended then (recoveryStopsBefore).
+
+        PostgreSQL stops before the first one that ended later, or, exclusive, not earlier; without one it does not
+        promote. False for every other target, and for a time that is not known.
+        """
+        if self.time is None or ended is None:
+            return False
+        return ended > self.time or (ended == self.time and not self.inclusive)
+
     @classmethod
     def from_options(cls, options: Mapping[str, object]) -> RecoveryTarget:
         """Build from options with PostgreSQL's names (``recovery_target_time`` and so on).

@@ -876,7 +876,7 @@ MUTATIONS = (
     _mutation(
         "a time behind the last transaction is tried",
         "plan",
-        "if target.time is not None and not in_the_way and last_commit and not _stops_before(target, last_commit):",
+        "if target.time is not None and not in_the_way and last_commit and not target.stops_before(last_commit):",
         "if False:",
         "tests/unit/test_plan.py::test_time_needs_a_later_transaction_in_the_archive",
         f"{REFUSALS}::test_target_beyond_the_archive_is_refused",
