@@ -115,15 +115,7 @@ def install(directory: str, cluster: str, settings: dict[str, Any], python: str 
     python = python or interpreter()
     if not os.access(python, os.X_OK):
         raise PitrError(f"{python} cannot be executed by this user, so PostgreSQL could not run {COMMAND} with it.")
-    changed = []
-    for path, (data, mode) in content(directory, cluster, settings, python).items():
-        if _current(path) == (data, mode):
-            continue
-        changed.append(path)
-        if not check:
-            _make_directory(os.path.dirname(path))
-            write_atomic(path, data, mode)
-            os.chmod(path, mode)
+    changed = write_files(content(directory, cluster, settings, python), check)
     if changed and not check:
         for path in (os.path.join(directory, "lib"), os.path.join(directory, "lib", PACKAGE)):
             _make_directory(os.path.join(path, "__pycache__"))
@@ -135,12 +127,26 @@ def install(directory: str, cluster: str, settings: dict[str, Any], python: str 
     return changed
 
 
-def _make_directory(path: str) -> None:
+def write_files(files: dict[str, tuple[bytes, int]], check: bool = False) -> list[str]:
+    """Write files with their modes, by path, each as a whole. Returns those that were, or with ``check`` would be."""
+    changed = []
+    for path, (data, mode) in files.items():
+        if _current(path) == (data, mode):
+            continue
+        changed.append(path)
+        if not check:
+            _make_directory(os.path.dirname(path), 0o755 if mode & 0o077 else 0o700)
+            write_atomic(path, data, mode)
+            os.chmod(path, mode)
+    return changed
+
+
+def _make_directory(path: str, mode: int = 0o755) -> None:
     """Whatever umask this user has: code that a server runs must not be another user's to change."""
     if not os.path.isdir(path):
         _make_directory(os.path.dirname(path))
-        os.mkdir(path, 0o755)
-        os.chmod(path, 0o755)
+        os.mkdir(path, mode)
+        os.chmod(path, mode)
 
 
 def _current(path: str) -> tuple[bytes, int] | None:

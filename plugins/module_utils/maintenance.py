@@ -19,6 +19,7 @@ from typing import Any
 from .backup import BaseBackup, stored_backups
 from .errors import PitrError
 from .expire import Expiry
+from .incremental import Basis
 from .index import scan
 from .postgres import Login
 from .repository import ClusterFolder, check_cluster_name, require_directory
@@ -39,6 +40,9 @@ class Settings:
     login_host: str
     login_port: int = 5432
     login_user: str = "pitr_backup"
+    type: str = "full"
+    full_every: str = ""
+    max_chain: int = 0
     compression: str = "auto"
     checkpoint: str = "fast"
     max_rate: str = ""
@@ -86,7 +90,7 @@ def read_settings(directory: str, cluster: str) -> Settings:
 def take_backup(settings: Settings, cluster: str) -> str:
     """Take a base backup. Returns what to say of it. Raises PitrError."""
     require_directory(settings.repository)
-    folder = ClusterFolder.open(settings.repository, cluster)
+    folder = ClusterFolder.open(settings.repository, cluster, {"identity": settings.identity})
     login = Login(host=settings.login_host, port=settings.login_port, user=settings.login_user)
     backup = BaseBackup(
         folder,
@@ -97,6 +101,7 @@ def take_backup(settings: Settings, cluster: str) -> str:
         max_rate=settings.max_rate,
         verify=settings.verify,
         archive_timeout=settings.archive_timeout,
+        basis=Basis(folder, login, settings.type, "", settings.full_every, settings.max_chain),
     ).take()
     return f"backup {backup.label} of {cluster} is complete, from LSN {backup.start_lsn} to {backup.stop_lsn}"
 

@@ -10,12 +10,11 @@ import ast
 import json
 import os
 import shlex
-import stat
 
 from .errors import PitrError
-from .install import PACKAGE, VERSION, interpreter, source
+from .install import PACKAGE, VERSION, interpreter, source, write_files
 from .maintenance import Settings, passfile_path, settings_path
-from .repository import check_cluster_name, write_atomic
+from .repository import check_cluster_name
 
 COMMAND = "pitr"
 _ENTRY = "maintenance"
@@ -76,30 +75,4 @@ def install(
     directory: str, cluster: str, settings: Settings, password: str, python: str = "", check: bool = False
 ) -> list[str]:
     """Bring an installation up to date. Returns the paths that were, or with ``check`` would be, written."""
-    changed = []
-    for path, wanted in content(directory, cluster, settings, password, python or interpreter()).items():
-        if _current(path) == wanted:
-            continue
-        changed.append(path)
-        if not check:
-            private = wanted[1] & 0o077 == 0
-            _make_directory(os.path.dirname(path), 0o700 if private else 0o755)
-            write_atomic(path, *wanted)
-            os.chmod(path, wanted[1])
-    return changed
-
-
-def _make_directory(path: str, mode: int) -> None:
-    if not os.path.isdir(path):
-        _make_directory(os.path.dirname(path), 0o755)
-        os.mkdir(path, mode)
-        # Whatever umask this user has.
-        os.chmod(path, mode)
-
-
-def _current(path: str) -> tuple[bytes, int] | None:
-    try:
-        with open(path, "rb") as stream:
-            return stream.read(), stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
-    except OSError:
-        return None
+    return write_files(content(directory, cluster, settings, password, python or interpreter()), check)

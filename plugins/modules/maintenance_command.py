@@ -51,6 +51,22 @@ options:
       - Password of the role.
     type: str
     default: ''
+  type:
+    description:
+      - See M(pgdrill.pitr.base_backup).
+    type: str
+    choices: [full, incremental, auto]
+    default: full
+  full_every:
+    description:
+      - See M(pgdrill.pitr.base_backup).
+    type: str
+    default: 7 days
+  max_chain:
+    description:
+      - See M(pgdrill.pitr.base_backup).
+    type: int
+    default: 24
   compression:
     description:
       - See M(pgdrill.pitr.base_backup).
@@ -170,6 +186,9 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "login_port": {"type": "int", "default": 5432},
     "login_user": {"type": "str", "required": True},
     "login_password": {"type": "str", "default": "", "no_log": True},
+    "type": {"type": "str", "choices": ["full", "incremental", "auto"], "default": "full"},
+    "full_every": {"type": "str", "default": "7 days"},
+    "max_chain": {"type": "int", "default": 24},
     "compression": {"type": "str", "default": "auto"},
     "checkpoint": {"type": "str", "choices": ["fast", "spread"], "default": "fast"},
     "max_rate": {"type": "str", "default": ""},
