@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from . import codec, extract
+from . import codec, extract, locks
 from .backup import MANIFEST
 from .catalog import Backup
 from .errors import PitrError
@@ -300,24 +300,18 @@ def _escaped(path: str) -> str:
 
 def _lock(directory: str) -> int:
     """A descriptor that holds a lock of this directory, where locks can be had."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
+    try:
+        return locks.hold_directory(directory)
+    except (locks.InUseError, OSError):
+        return os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def is_busy(pgdata: str) -> bool:
     """Whether somebody still combines backups here, such as the pg_combinebackup of a restore that was killed."""
     try:
-        descriptor = os.open(os.path.join(pgdata, SCRATCH), os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        os.close(locks.hold_directory(os.path.join(pgdata, SCRATCH)))
+    except locks.InUseError:
         return True
     except OSError:
         return False
-    finally:
-        os.close(descriptor)
     return False

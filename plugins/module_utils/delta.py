@@ -17,7 +17,6 @@ to: a copy of the directory that was made with hard links stays as it is.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from . import checksums, codec, extract, places
+from . import checksums, codec, extract, locks, places
 from .backup import MANIFEST, sha256
 from .catalog import Backup
 from .errors import PitrError
@@ -376,18 +375,15 @@ def _manifest_digest(backup: Backup) -> str:
 @contextlib.contextmanager
 def exclusive(pgdata: str) -> Iterator[None]:
     """Keep other delta restores away from a directory, for as long as this process lives. Raises PitrError."""
-    descriptor = os.open(pgdata, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.callback(os.close, locks.hold_directory(pgdata))
+        except locks.InUseError:
             raise PitrError(f"Another restore is writing to {pgdata}. Nothing was touched by this one.") from None
         except OSError:
             # A filesystem without locks.
             pass
         yield
-    finally:
-        os.close(descriptor)
 
 
 def links(pgdata: str) -> Iterator[tuple[int, str, str]]:

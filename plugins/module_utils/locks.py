@@ -54,6 +54,23 @@ def acquire(path: str, shared: bool = False) -> int:
         os.close(descriptor)
 
 
+def hold_directory(path: str) -> int:
+    """A descriptor that holds a lock of a directory itself, until every process that has it has closed it (flock(2)).
+
+    Raises InUseError when somebody else has it, OSError where there is no such directory or locks cannot be had.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InUseError(f"{path} is held by another process.") from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 @contextlib.contextmanager
 def held(folder: ClusterFolder, name: str, shared: bool = False) -> Iterator[int]:
     """Hold a lock of the cluster. An exclusive one is removed afterwards.

@@ -1260,7 +1260,7 @@ MUTATIONS = (
     _mutation(
         "two delta restores write at the same time",
         "delta",
-        "            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "            stack.callback(os.close, locks.hold_directory(pgdata))\n",
         "            pass\n",
         f"{DELTA}::test_two_at_a_time_are_refused",
     ),
