@@ -142,6 +142,8 @@ END
 touch "$PGDATA/recovery.signal"
 [ "$(postgres -C archive_command)" = false ] || die 'archive_command would be another one'
 [ -n "$(postgres -C restore_command)" ] || die 'restore_command would be empty'
+# A machine that loses its power must not find a directory with holes that a server starts from.
+sync --file-system "$PGDATA"
 
 phase 'replay'
 pg_ctl start -w -s -l "$home/log" > /dev/null
