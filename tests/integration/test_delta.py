@@ -279,6 +279,22 @@ def test_incremental_backup_is_refused(history: History, broken: Storage, own_da
     assert "begin with the full backup second" in message
 
 
+def test_backup_with_wal_of_its_own_is_refused(history: History, broken: Storage, own_data: Path) -> None:
+    path = broken.backups / "third" / "backup.json"
+    description = json.loads(path.read_text(encoding="utf-8"))
+    name = broken.segments()[-1].name
+    path.write_text(json.dumps({**description, "method": "offline", "own_wal": [name]}), encoding="utf-8")
+    assert "taken offline" in _refused(broken, own_data, "delta_offline", backup="third")
+
+
+def test_pg_wal_that_is_changed_is_no_source_of_wal(history: History, own_data: Path, restored: Restore) -> None:
+    """It is emptied before its segments would be copied."""
+    message = _refused(history.storage, own_data, "dead_pg_wal", dead_pg_wal=str(own_data / "pg_wal"))
+    assert "changes in place" in message
+    plan = history.storage.plan(own_data, **{**IN_PLACE, "dead_pg_wal": "auto"})
+    assert plan.from_pg_wal == () and plan.in_place
+
+
 def test_damaged_manifest_is_refused_before_anything_is_touched(
     history: History, broken: Storage, own_data: Path
 ) -> None:

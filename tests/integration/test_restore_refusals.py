@@ -100,6 +100,12 @@ def test_directory_of_another_cluster_is_refused(
     assert history.storage.folder.chapter.system_identifier in messages[0]
 
 
+def test_mount_point_is_refused(history: History, own_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(own_data))
+    with refused(own_data, history.storage, "directory_mount_point"):
+        history.storage.plan(own_data, force=True)
+
+
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("kind", ["a file", "a directory without pg_control", "a marker of another cluster's restore"])
 def test_directory_with_something_else_in_it_is_refused(
