@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.pgdrill.pitr.plugins.module_utils import encryption, settings
+from ansible_collections.pgdrill.pitr.plugins.module_utils import encryption, rates, settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils import repository as repositories
 from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import BaseBackup
 from ansible_collections.pgdrill.pitr.plugins.module_utils.catalog import Backup
@@ -256,8 +256,9 @@ class Storage:
 
     def copy(self, directory: Path) -> Storage:
         """The same content elsewhere, for tests that break something."""
-        # Without the leases of recoveries that were begun from the original.
-        shutil.copytree(self.repository, directory / "repository", ignore=shutil.ignore_patterns("lease-*"))
+        # Without what the original's restores left: leases of recoveries, measurements.
+        left = shutil.ignore_patterns("lease-*", rates.FILE)
+        shutil.copytree(self.repository, directory / "repository", ignore=left)
         return Storage(self.bin_dir, directory, directory / "repository")
 
     def request(self, data: Path, options: Mapping[str, Any] | None = None, **more: Any) -> Request:
