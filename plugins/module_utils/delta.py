@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from . import checksums, codec, extract, locks, places
+from . import checksums, codec, extract, keep_out, locks, places
 from .backup import MANIFEST, sha256
 from .catalog import Backup
 from .errors import PitrError
@@ -67,6 +67,7 @@ _GOES_EMPTY = re.compile(
     r"pg_subtrans)/.+|(.*/)?pgsql_tmp.*)"
 )
 _SUMMARIES_SINCE = 17
+_HBA = "pg_hba.conf"
 # Files that are synced one by one.
 FEW = 64
 
@@ -138,6 +139,8 @@ class Delta:
         self._noted = noted or {}
         self._version = version_directory(backup.postgresql_version)
         self._entries: dict[str, dict[str, Any]] = {}
+        # Name of the cluster's own pg_hba.conf while an earlier restore keeps ordinary users out with another.
+        self._kept_hba = ""
 
     def compare(self, tick: Callable[[], None] = lambda: None) -> Comparison:
         """Read everything and change nothing. ``tick`` is called every few seconds."""
@@ -145,6 +148,7 @@ class Delta:
         with codec.open_reader(path, self._tree) as reader:
             self._entries = {name: json.loads(line) for name, line in read_manifest(reader).items()}
         self._entries.pop(IN_PROGRESS, None)
+        self._kept_hba = os.path.basename(keep_out.kept_file(os.path.join(self._pgdata, _HBA)))
         sizes = {name: int(entry["Size"]) for name, entry in self._entries.items()}
         found = self._find()
         candidates, same = {}, set()
@@ -159,6 +163,8 @@ class Delta:
         differing = checksums.differing(self._bin_dir, candidates, self._entries, tick)
         kept = (frozenset(candidates) - differing) | same
         known = {extract.HELD_BACK if name == extract.PG_CONTROL and name in kept else name for name in kept}
+        if _HBA in kept and self._kept_hba:
+            known.add(self._kept_hba)
         extra = [
             name
             for name in [*found.files, *found.others]
@@ -180,6 +186,9 @@ class Delta:
                 os.unlink(control)
         with contextlib.suppress(FileNotFoundError):
             fsync_directory(os.path.dirname(control))
+        if _HBA in comparison.kept and self._kept_hba:
+            keep_out.let_in(os.path.join(self._pgdata, _HBA))
+            self._kept_hba = ""
 
     def clear(self, comparison: Comparison) -> None:
         """Remove what the backup does not have, or has with other content."""
@@ -300,7 +309,9 @@ class Delta:
         return extract.safe_path(self._pgdata, name, self._stored)
 
     def _seen(self, found: Found, name: str) -> tuple[os.stat_result | None, str]:
-        """A regular file under this name; pg_control may wait under its other one."""
+        """A regular file under this name; pg_control and pg_hba.conf may wait under their other ones."""
+        if name == _HBA and self._kept_hba in found.files:
+            return found.files[self._kept_hba], self._path(self._kept_hba)
         seen = found.files.get(name)
         if name == extract.PG_CONTROL and seen is None and extract.HELD_BACK in found.files:
             return found.files[extract.HELD_BACK], self._path(extract.HELD_BACK)

@@ -13,7 +13,7 @@ import queue
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from types import TracebackType
 
 from . import codec
@@ -151,7 +151,7 @@ def _write_all(descriptor: int, data: bytes | memoryview) -> None:
 
 def _write(tar: TarStream, member: Member, target: str, hands: _Hands) -> None:
     if member.size <= hands.SMALL:
-        hands.create(target, member.mode, b"".join(tar.pieces()))
+        hands.create(target, member.mode, tar.content())
         return
     descriptor = _create(target, member.mode)
     try:
@@ -216,6 +216,28 @@ def verify(backup: Backup, folder: str, pgdata: str, bin_dir: str, tree: Tree = 
                 f"The restored files are not those of the backup {backup.label}: {reason}. {error.message}",
                 path=changed,
             ) from None
+
+
+@contextlib.contextmanager
+def settling(*paths: str) -> Iterator[None]:
+    """Put what was written on stable storage beside the work in the block. Raises what :func:`settle` raises."""
+    failures: list[OSError] = []
+
+    def work() -> None:
+        try:
+            settle(*paths)
+        except OSError as error:
+            # The kernel tells it once only: a later call would not hear of it.
+            failures.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 def rewrite_tablespace_map(pgdata: str, tablespaces: tuple[Tablespace, ...], locations: dict[int, str]) -> None:

@@ -168,7 +168,8 @@ class Restore:
         stored = os.path.join(folder.backups_path, result.backup.label)
         extract.extract(result.backup, stored, request.pgdata, locations, add, folder.tree)
         if request.verify:
-            extract.verify(result.backup, stored, request.pgdata, request.bin_dir, folder.tree)
+            with extract.settling(request.pgdata, *locations.values()):
+                extract.verify(result.backup, stored, request.pgdata, request.bin_dir, folder.tree)
 
     def _complete(
         self,

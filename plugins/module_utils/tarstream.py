@@ -71,7 +71,7 @@ class TarStream:
             pass
 
     def pieces(self) -> Iterator[memoryview]:
-        """What is left of the current member's content."""
+        """What is left of the current member's content; each piece is good until the next one is asked for."""
         while self._left:
             if not self._piece:
                 self._fill()
@@ -79,6 +79,11 @@ class TarStream:
             self._piece = self._piece[len(piece) :]
             self._left -= len(piece)
             yield piece
+
+    def content(self) -> bytes:
+        """The same, all at once."""
+        left, self._left = self._left, 0
+        return self._take(left)
 
     def _damaged(self, why: str) -> PitrError:
         return PitrError(f"{self._path} is damaged: {why}.", path=self._path)
@@ -96,7 +101,8 @@ class TarStream:
             part = self._piece[:count]
             self._piece = self._piece[len(part) :]
             count -= len(part)
-            parts.append(part)
+            # A copy: the next piece comes into the same memory.
+            parts.append(bytes(part))
         return b"".join(parts)
 
     def _pass_over(self) -> None:
@@ -140,7 +146,7 @@ class TarStream:
     def _extension(self, size: int) -> bytes:
         if size > _LONGEST_EXTENSION:
             raise self._damaged("a tar header is longer than any path")
-        return b"".join(self.pieces())
+        return self.content()
 
     def _pax(self, content: bytes) -> dict[bytes, bytes]:
         records = {}
