@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from . import codec, encryption, locks
 from .catalog import Backup, StoredFile, Tablespace
 from .errors import PitrError
+from .following import Follower, count_stored
 from .facts import Facts, gather
 from .manifest import Summary, read_summary
 from .postgres import Login, binary, binary_version, query, run
@@ -39,7 +40,6 @@ from .repository import (
     write_atomic,
     write_json,
 )
-from .tarstream import open_stream
 from .timeline import parse_history
 from .tree import LOCAL, Tree, fsync_directory, make_directory, temporary_name
 from .wal import Lsn, WalFile, history_name, segment_name
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "backup_manifest"
 KEEP_FILE = "keep.json"
+# From this version on pg_verifybackup reads tars.
+_VERIFIES_TAR = 18
 # What the server says when it cannot tell what has changed (basebackup_incremental.c, walsummarizer.c).
 _NO_SUMMARIES = ("WAL summaries are required", "WAL summarization is not progressing", "unless WAL summarization is")
 
@@ -189,6 +191,8 @@ class BaseBackup:
         self.parent: Backup | None = None
         self.reason = ""
         self.warnings: list[str] = []
+        # Tars that were read back while they were written: number and bytes of their files.
+        self._counts: dict[str, tuple[int, int]] = {}
 
     def check(self, connection: Any) -> dict[str, Any]:
         """Everything that can be refused before the copy begins. Returns facts of the server."""
@@ -352,6 +356,10 @@ class BaseBackup:
                 argv.append(f"--incremental=/dev/fd/{manifest}")
                 shared.append(manifest)
             environment["PGAPPNAME"] = application
+            follower = None
+            if self._verify and binary_version(self._bin_dir) < _VERIFIES_TAR:
+                follower = Follower(target)
+                stack.callback(follower.finish)
             process = subprocess.Popen(
                 argv,
                 env=environment,
@@ -368,6 +376,8 @@ class BaseBackup:
                 raise
             complaints.seek(0)
             said = complaints.read(4000).decode(errors="replace").strip()
+            if follower is not None:
+                self._counts = follower.finish()
         if process.returncode != 0:
             if self.parent is not None and any(words in said for words in _NO_SUMMARIES):
                 raise BasisError(
@@ -482,18 +492,15 @@ class BaseBackup:
         pg_verifybackup reads tar files from PostgreSQL 18; before, the walk proves the compression's checksum, the tar
         structure, and that number and size of the files are the manifest's. A restore checks every file in any case.
         """
-        if binary_version(self._bin_dir) >= 18:
+        if binary_version(self._bin_dir) >= _VERIFIES_TAR:
             run([binary(self._bin_dir, "pg_verifybackup"), "--no-parse-wal", "--quiet", directory])
             return "checksums"
         found = found_bytes = 0
         for name in names:
             if not name.endswith(MANIFEST):
-                with open_stream(os.path.join(directory, name)) as tar:
-                    for member in tar:
-                        # WAL that is in the backup itself is no part of the manifest.
-                        if member.kind == "file" and not member.name.startswith("pg_wal/"):
-                            found += 1
-                            found_bytes += member.size
+                files, size = self._counts.get(name) or count_stored(os.path.join(directory, name))
+                found += files
+                found_bytes += size
         if (found, found_bytes) != (summary.files, summary.bytes):
             raise PitrError(
                 f"The backup has {found} files with {found_bytes} bytes, the manifest {summary.files} with"

@@ -104,7 +104,7 @@ def test_change_that_neither_size_nor_time_tells_is_found(history: History, own_
     restored(history.storage, data=own_data, backup="third", **IN_PLACE)
     whole = _files(own_data)
     victims = sorted((own_data / "base").rglob("[0-9]*"), key=lambda path: path.stat().st_size)[-2:]
-    victims.append(own_data / "pg_hba.conf")
+    victims.append(own_data / "pg_hba.conf.pitr-kept")
     for victim in victims:
         flip(victim, victim.stat().st_size // 2)
     assert _files(own_data) != whole
@@ -142,16 +142,20 @@ def test_files_that_have_the_same_crc_whatever_they_hold_are_told_apart(
     assert again.run().phase == "after"
 
 
+@pytest.mark.parametrize("keep_out", [False, True])
 def test_nothing_of_the_stored_files_is_read_when_nothing_has_changed(
-    history: History, broken: Storage, own_data: Path, restored: Restore
+    history: History, broken: Storage, own_data: Path, restored: Restore, keep_out: bool
 ) -> None:
-    # The rules of who may come in are changed otherwise.
-    restored(broken, data=own_data, backup="third", keep_out=False, **IN_PLACE)
+    # Who keeps users out has pg_hba.conf under another name beside its own.
+    restored(broken, data=own_data, backup="third", keep_out=keep_out, **IN_PLACE)
+    rules = (own_data / ("pg_hba.conf.pitr-kept" if keep_out else "pg_hba.conf")).read_text(encoding="utf-8")
     stored = _base_tar(broken, "third")
     stored.write_bytes(bytes(stored.stat().st_size))
     again = restored(broken, data=own_data, backup="third", keep_out=False, **IN_PLACE)
     assert again.result.delta is not None
     assert again.result.delta.written == 0
+    assert (own_data / "pg_hba.conf").read_text(encoding="utf-8") == rules
+    assert not list(own_data.glob("*pitr-kept*"))
     assert again.run().phase == "end"
 
 

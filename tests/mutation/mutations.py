@@ -18,6 +18,8 @@ DELTA = "tests/integration/test_delta.py"
 KILLS = "tests/integration/test_restore_kills.py"
 PLACES = "tests/integration/test_tablespaces_and_names.py"
 BACKUP = "tests/integration/test_base_backup.py"
+FOLLOWING = "tests/unit/test_following.py"
+TARSTREAM = "tests/unit/test_tarstream.py"
 AHEAD = "tests/unit/test_ahead.py"
 ARCHIVING = "tests/integration/test_archiving.py"
 ARCHIVE = "tests/unit/test_archive.py"
@@ -51,6 +53,28 @@ def _mutation(name: str, module: str, text: str, replacement: str, *tests: str) 
 
 
 MUTATIONS = (
+    # --- tars that are read forward
+    _mutation(
+        "content is kept where the next piece comes",
+        "tarstream",
+        "parts.append(bytes(part))",
+        "parts.append(part)  # type: ignore[arg-type]",
+        f"{TARSTREAM}::test_same_as_tarfile",
+    ),
+    _mutation(
+        "a file that is being written ends where it is",
+        "following",
+        "if not data and done:",
+        "if not data:",
+        f"{FOLLOWING}::test_what_is_still_being_written_is_counted",
+    ),
+    _mutation(
+        "a file whose end has not been read is counted",
+        "following",
+        "self._counts[name] = count(TarStream(reader, path))",
+        "self._counts[name] = (1, 1)\n                    self._counts[name] = count(TarStream(reader, path))",
+        f"{FOLLOWING}::test_what_is_cut_off_is_not_counted",
+    ),
     # --- incremental backups, and chains
     _mutation(
         "a version that takes none is asked for an incremental backup",

@@ -43,7 +43,7 @@ def _read(path: Path) -> list[tuple[str, str, int, int, bytes]]:
     found = []
     with open_stream(str(path)) as tar:
         for member in tar:
-            found.append((member.name.rstrip("/"), member.kind, member.size, member.mode, b"".join(tar.pieces())))
+            found.append((member.name.rstrip("/"), member.kind, member.size, member.mode, tar.content()))
     return found
 
 
@@ -62,6 +62,20 @@ def test_same_as_tarfile(tmp_path: Path, kind: int, name: str) -> None:
             kind_name = "directory" if member.isdir() else "file"
             expected.append((member.name, kind_name, member.size, member.mode, stream.read() if stream else b""))
     assert _read(path) == expected
+
+
+def test_pieces_are_good_until_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    with codec.open_writer(str(path), "gzip" if codec.which("zstd") is None else "zstd") as writer:
+        writer.write(_tar(tarfile.GNU_FORMAT))
+    whole = []
+    with open_stream(str(path)) as tar:
+        for _member in tar:
+            content = b""
+            for piece in tar.pieces():
+                content += piece
+            whole.append(content)
+    assert whole == [content for *_facts, content in _read(path)]
 
 
 def test_number_in_base_256_is_understood(tmp_path: Path) -> None:
