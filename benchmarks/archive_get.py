@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Replay of a pgbench load through pitr-wal get beside the replay of the same WAL that is in pg_wal already.
 
-Both start from the same copy of the cluster, replay every segment, and promote; they run in turn. What is compared is
+And beside the least that a restore_command can do, ``cp`` of a plain file on the same filesystem. All start from the same copy of the cluster, replay every segment, and promote; they run in turn. What is compared is
 what the server's log tells: from "redo starts" to "redo done".
 """
 
@@ -104,7 +104,12 @@ def measure(bin_dir: Path, home: Path, options: argparse.Namespace) -> None:
     ahead = {} if options.prefetch is None else {"prefetch": options.prefetch}
     command = cluster.install(home / "pitr", folder, **ahead)
     fetch = f'{command} get --system-identifier={cluster.system_identifier} {CLUSTER} "%f" "%p"'
-    sides = [Replay(cluster, "local", "false", True), Replay(cluster, "get", fetch, False)]
+    copy = f'cp "{cluster.wal}/%f" "%p"'
+    sides = [
+        Replay(cluster, "local", "false", True),
+        Replay(cluster, "get", fetch, False),
+        Replay(cluster, "cp", copy, False),
+    ]
     figures: dict[str, list[tuple[float, float]]] = {side.name: [] for side in sides}
     print(f"{len(cluster.segments)} segments of 16 MB")
     for number in range(options.rounds):
@@ -120,11 +125,12 @@ def measure(bin_dir: Path, home: Path, options: argparse.Namespace) -> None:
             )
     for number, what in enumerate(("redo", "redo without the waiting for a processor")):
         medians = {name: statistics.median(item[number] for item in items) for name, items in figures.items()}
-        ratios = [ours[number] / local[number] for ours, local in zip(figures["get"], figures["local"], strict=True)]
-        print(
-            f"{what}, median: local {medians['local']:.2f} s, get {medians['get']:.2f} s; ratio"
-            f" {medians['get'] / medians['local']:.3f}, of the rounds {', '.join(f'{ratio:.3f}' for ratio in ratios)}"
-        )
+        for name in ("get", "cp"):
+            ratios = [one[number] / local[number] for one, local in zip(figures[name], figures["local"], strict=True)]
+            print(
+                f"{what}, median: local {medians['local']:.2f} s, {name} {medians[name]:.2f} s; ratio"
+                f" {medians[name] / medians['local']:.3f}, of the rounds {', '.join(f'{ratio:.3f}' for ratio in ratios)}"
+            )
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ import datetime
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,17 @@ from .postgres import control_data, effective_setting, running_pid, shell_comman
 from .repository import BEING_REMOVED
 from .request import Request
 from .tree import fsync_directory
-from .unfinished import Marker, empty, half_done_delta, left_behind, remove_incomplete, unaccepted
+from .unfinished import (
+    Marker,
+    clear_incomplete,
+    empty,
+    half_done_delta,
+    has_content,
+    left_behind,
+    remove_incomplete,
+    unaccepted,
+    waiting,
+)
 from .upstream import ACCEPTED
 from .wal import WalFile
 
@@ -128,21 +138,17 @@ class Restore:
         started = time.monotonic()
         pgdata = self._request.pgdata
         was_there = os.path.isdir(pgdata)
-        dead = dead_pgdata(self._request, self._planner.chapter.system_identifier)
-        moved_aside = self._clear()
-        moved_aside = self._move_aside() or moved_aside
+        self._dead = dead_pgdata(self._request, self._planner.chapter.system_identifier)
+        moved_aside = self._clear(result)
         locations = self._request.locations(result.backup)
         wal = self._planner.wal_directory
-        self._dead = moved_aside if dead == pgdata else dead
+        total = sum(link.database_bytes for link in result.chain)
+        moved_aside = self._move_aside(result, total) or moved_aside
         progress = None
         try:
-            os.makedirs(pgdata, mode=0o700, exist_ok=True)
-            os.chmod(pgdata, 0o700)
-            total = sum(link.database_bytes for link in result.chain)
-            path = os.path.join(pgdata, IN_PROGRESS)
-            progress = Marker(
-                path, result.backup, moved_aside, locations, total=total, pg_wal=wal, dead_pgdata=self._dead
-            )
+            with _made(pgdata):
+                path = os.path.join(pgdata, IN_PROGRESS)
+                progress = Marker(path, result.backup, moved_aside, locations, total, wal, dead_pgdata=self._dead)
             places.link_wal(pgdata, wal)
             self._bring_files(result, locations, self._renewing(progress, lease))
             self._complete(result, locations, lease, moved_aside, lambda: extract.settle(pgdata, *locations.values()))
@@ -260,8 +266,8 @@ class Restore:
             with contextlib.suppress(OSError, PitrError):
                 self._planner.folder.touch_lease(lease)
 
-    def _clear(self) -> str:
-        """Remove what a killed restore, or one that nobody wants to keep, has left.
+    def _clear(self, result: RestorePlan) -> str:
+        """Remove what a killed restore, or one that nobody wants to keep, has left; all but the marker.
 
         Returns where the killed one had put the old directory.
         """
@@ -271,27 +277,44 @@ class Restore:
             # What a delta restore has left is somebody's data directory; it is moved aside like any other.
             if killed is None and not self._request.keep_unaccepted and unaccepted(self._request):
                 wal = _made_wal(self._request)
-                shutil.rmtree(pgdata)
+                # From here on a kill leaves a killed restore, which remembers what this one did.
+                Marker(os.path.join(pgdata, IN_PROGRESS), result.backup, "", {}, pg_wal=wal, dead_pgdata=self._dead)
+                os.unlink(os.path.join(pgdata, extract.PG_CONTROL))
+                clear_incomplete(pgdata)
                 places.clear_wal(wal)
             return ""
+        if not os.path.isdir(pgdata) or not os.listdir(pgdata):
+            # It was killed between its two renames.
+            os.rename(waiting(pgdata), pgdata)
         for location in killed.get("locations", []):
             empty(location)
-        # Before the marker is gone that tells of it.
         places.clear_wal(killed.get("pg_wal", ""))
-        remove_incomplete(pgdata)
+        clear_incomplete(pgdata)
         old = str(killed.get("moved_aside") or "")
         return old if os.path.isdir(old) else ""
 
-    def _move_aside(self) -> str:
+    def _move_aside(self, result: RestorePlan, total: int) -> str:
+        """Exchange the old directory for one with nothing but a marker. Returns where it is, empty when there was none.
+
+        A kill at any moment leaves the old directory in its place, or a marker that tells where it is.
+        """
         pgdata = self._request.pgdata
-        if not os.path.isdir(pgdata) or not os.listdir(pgdata):
+        if not has_content(pgdata):
             return ""
-        stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
-        aside = f"{pgdata}.old-{stamp}"
-        while os.path.lexists(aside):
-            aside += "x"
+        place, parent, aside = waiting(pgdata), os.path.dirname(pgdata), _free_name(pgdata)
+        if has_content(place):
+            raise PitrError(f"{place} is in the way of a restore into {pgdata}. Move it away; nothing was touched.")
+        # It may be there from a try that was killed before its first rename.
+        remove_incomplete(place)
+        if self._dead == pgdata:
+            self._dead = aside
+        with _made(place):
+            # It does not tell yet what the next try would clear: by then that may be somebody else's.
+            Marker(os.path.join(place, IN_PROGRESS), result.backup, aside, {}, total, dead_pgdata=self._dead)
+        fsync_directory(parent)
         os.rename(pgdata, aside)
-        fsync_directory(os.path.dirname(pgdata))
+        os.rename(place, pgdata)
+        fsync_directory(parent)
         return aside
 
     def _put_back(
@@ -309,10 +332,14 @@ class Restore:
             # They were empty before (see _check_host), so whatever is in them came from this try.
             empty(location)
         recovery_conf.discard(self._request.configuration)
-        remove_incomplete(pgdata)
         if moved_aside:
+            clear_incomplete(pgdata)
+            os.rename(pgdata, waiting(pgdata))
             os.rename(moved_aside, pgdata)
-        elif was_there and not os.path.exists(pgdata):
+            remove_incomplete(waiting(pgdata))
+            return
+        remove_incomplete(pgdata)
+        if was_there and not os.path.exists(pgdata):
             os.makedirs(pgdata, mode=0o700)
 
     def _settings(self, result: RestorePlan, lease: str) -> dict[str, str]:
@@ -429,6 +456,30 @@ def _is_its_own_end(result: RestorePlan) -> bool:
     return (result.backup.method, result.target.kind, result.target.action) == ("offline", "immediate", "promote")
 
 
+@contextlib.contextmanager
+def _made(directory: str) -> Iterator[None]:
+    """A data directory is there; one that was made for a block that fails is gone again."""
+    was_there = os.path.isdir(directory)
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    os.chmod(directory, 0o700)
+    try:
+        yield
+    except BaseException:
+        if not was_there:
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+        raise
+
+
+def _free_name(pgdata: str) -> str:
+    """Where a data directory is moved aside to."""
+    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
+    aside = f"{pgdata}.old-{stamp}"
+    while os.path.lexists(aside):
+        aside += "x"
+    return aside
+
+
 def _made_wal(request: Request) -> str:
     """The directory that a restore has made for pg_wal of the cluster in the request's PGDATA, empty when none."""
     made = str((recovery_conf.planned(request.configuration) or {}).get("pg_wal") or "")
@@ -490,5 +541,7 @@ def undo(request: Request, moved_aside: str, check: bool = False) -> str:
         shutil.rmtree(pgdata)
         places.clear_wal(wal)
     os.rename(moved_aside, pgdata)
+    if not has_content(waiting(pgdata)):
+        remove_incomplete(waiting(pgdata))
     fsync_directory(os.path.dirname(pgdata))
     return kept

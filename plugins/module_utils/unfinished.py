@@ -67,16 +67,39 @@ class Marker:
         self._written_at = time.monotonic()
 
 
+def waiting(pgdata: str) -> str:
+    """Where the new directory waits, with nothing but its marker in it, while the old one is moved aside.
+
+    So there is no moment in which nothing tells where the old one has gone.
+    """
+    return f"{pgdata}.restoring"
+
+
+def has_content(directory: str) -> bool:
+    """Whether it is a directory that holds anything but what tells of an unfinished restore."""
+    try:
+        return any(not _is_marker(name) for name in os.listdir(directory))
+    except FileNotFoundError:
+        return False
+
+
+def _is_marker(name: str) -> bool:
+    return name == IN_PROGRESS or name.startswith(f".{IN_PROGRESS}.")
+
+
 def left_behind(pgdata: str, system_identifier: str) -> dict[str, Any] | None:
     """What a killed restore of this cluster says of itself, None when the directory is something else.
 
-    It has the marker, and no pg_control yet. Empty when it was killed before it had written the marker.
+    It has the marker, and no pg_control yet. Empty when it was killed before it had written the marker. It may not have
+    come to its place yet (:func:`waiting`).
     """
+    if not os.path.isdir(pgdata) or not os.listdir(pgdata):
+        pgdata = waiting(pgdata)
     if os.path.lexists(os.path.join(pgdata, extract.PG_CONTROL)):
         return None
     with contextlib.suppress(OSError, ValueError):
         names = os.listdir(pgdata)
-        if names and all(name.startswith(f".{IN_PROGRESS}.") for name in names):
+        if names and IN_PROGRESS not in names and all(map(_is_marker, names)):
             return {}
         with open(os.path.join(pgdata, IN_PROGRESS), encoding="utf-8") as stream:
             found = json.load(stream)
@@ -122,8 +145,8 @@ def empty(location: str) -> None:
                 shutil.rmtree(os.path.join(location, name), ignore_errors=True)
 
 
-def remove_incomplete(directory: str) -> None:
-    """Remove a directory that is not complete, its marker last: a kill in between leaves what the next try knows."""
+def clear_incomplete(directory: str) -> None:
+    """Remove all but the marker from a directory that is not complete."""
     with contextlib.suppress(FileNotFoundError):
         for name in os.listdir(directory):
             path = os.path.join(directory, name)
@@ -132,4 +155,9 @@ def remove_incomplete(directory: str) -> None:
             elif name != IN_PROGRESS:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
+
+
+def remove_incomplete(directory: str) -> None:
+    """Remove a directory that is not complete, its marker last: a kill in between leaves what the next try knows."""
+    clear_incomplete(directory)
     shutil.rmtree(directory, ignore_errors=True)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.request import Request
 from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Restore as Engine
 from ansible_collections.pgdrill.pitr.tests.integration.support import (
@@ -130,6 +131,37 @@ class Victim:
             assert _files(self.data) == self._after, why
         self.seen[state] = self.seen.get(state, 0) + 1
 
+    def kill_at(self, change: int, bin_dir: str) -> bool:
+        """One restore killed before this change, and then the whole one. Whether the first had begun to bring files."""
+        self._renew()
+        why = f"{self._kind}, before change {change} of {self.changes}"
+        done = in_child(self.request, at=change)
+        assert done.returncode == -signal.SIGKILL, f"{why}: {done.stderr}"
+        self.check(why, bin_dir)
+        has_begun = (self.data / "PG_VERSION").exists() and not (self.data / "global" / "pg_control").exists()
+        self._finish(why)
+        return has_begun
+
+    def kill_twice(self, second: int, bin_dir: str) -> None:
+        """A restore that is killed half-way, and the next one before this change of what it clears away.
+
+        0: before it writes a marker of its own.
+        """
+        self._renew()
+        assert in_child(self.request, at=self.changes // 2).returncode == -signal.SIGKILL
+        why = f"{self._kind}, killed again before change {second}"
+        marker = "" if second else str(self.data / f".{MARKER}")
+        assert in_child(self.request, at=second, below=marker).returncode == -signal.SIGKILL, why
+        self.check(why, bin_dir)
+        self._finish(why)
+
+    def _finish(self, why: str) -> None:
+        engine = Engine(self.request)
+        engine.execute(engine.plan())
+        assert _files(self.data) == self._after, why
+        assert not (self.data / MARKER).exists(), why
+        assert not self.data.with_name("data.restoring").exists(), why
+
     def kill_and_repeat(self, rng: random.Random, number: int, bin_dir: str) -> None:
         """Once or several times in a row, and then the whole restore."""
         self._renew()
@@ -146,10 +178,7 @@ class Victim:
                 # The next one has less to do than the first had.
                 assert done.returncode in (0, -signal.SIGKILL), f"{why}: {done.stderr}"
             self.check(why, bin_dir)
-        engine = Engine(self.request)
-        engine.execute(engine.plan())
-        assert _files(self.data) == self._after, why
-        assert not (self.data / MARKER).exists(), why
+        self._finish(why)
 
 
 @pytest.mark.parametrize("kind", list(OPTIONS))
@@ -164,3 +193,39 @@ def test_restore_that_is_killed_anywhere_can_be_repeated_and_nothing_half_done_s
     # And the last one is a cluster that recovers.
     cluster = restored(history.storage, data=victim.data, backup="first", force=True, delta=kind == "delta")
     assert cluster.run().phase == "end"
+
+
+def test_kill_while_the_old_directory_is_moved_aside_forgets_nothing(
+    history: History, tmp_path: Path, bin_dir: str, major: int
+) -> None:
+    """Its WAL is a part of what is restored: every moment until the first file has come."""
+    victim = Victim(history, tmp_path / "victim", "fresh")
+    change = 1
+    while not victim.kill_at(change, bin_dir):
+        # Nothing of this is another version's.
+        change += 1 if major == 18 else 3
+    assert change > 8 and victim.seen["moved aside"] and victim.seen["half done"], victim.seen
+
+
+def test_kill_while_a_killed_restore_is_cleared_away_forgets_nothing(
+    history: History, tmp_path: Path, bin_dir: str
+) -> None:
+    victim = Victim(history, tmp_path / "victim", "fresh")
+    half = victim.changes // 2
+    for second in (0, 2, half // 3, half + 20):
+        victim.kill_twice(second, bin_dir)
+
+
+def test_what_waits_in_the_place_of_the_new_directory_is_not_removed(history: History, tmp_path: Path) -> None:
+    victim = Victim(history, tmp_path / "victim", "fresh")
+    shutil.rmtree(victim.data)
+    for aside in victim.data.parent.glob("data.old-*"):
+        aside.rename(victim.data)
+    place = victim.data.with_name("data.restoring")
+    place.mkdir()
+    (place / "mine").write_text("mine", encoding="ascii")
+    before = fingerprint(victim.data, place)
+    engine = Engine(victim.request)
+    with pytest.raises(PitrError, match="is in the way .* nothing was touched"):
+        engine.execute(engine.plan())
+    assert fingerprint(victim.data, place) == before

@@ -75,6 +75,28 @@ MUTATIONS = (
         "self._counts[name] = (1, 1)\n                    self._counts[name] = count(TarStream(reader, path))",
         f"{FOLLOWING}::test_what_is_cut_off_is_not_counted",
     ),
+    # --- what a killed restore leaves
+    _mutation(
+        "the new directory that waits for its place tells nothing",
+        "unfinished",
+        "        pgdata = waiting(pgdata)",
+        "        pass",
+        f"{KILLS}::test_kill_while_the_old_directory_is_moved_aside_forgets_nothing",
+    ),
+    _mutation(
+        "whatever is in the way of the new directory is removed",
+        "restore",
+        "if has_content(place):",
+        "if False:",
+        f"{KILLS}::test_what_waits_in_the_place_of_the_new_directory_is_not_removed",
+    ),
+    _mutation(
+        "what a killed restore has left goes with its marker",
+        "restore",
+        'places.clear_wal(killed.get("pg_wal", ""))\n        clear_incomplete(pgdata)',
+        'places.clear_wal(killed.get("pg_wal", ""))\n        remove_incomplete(pgdata)',
+        f"{KILLS}::test_kill_while_a_killed_restore_is_cleared_away_forgets_nothing",
+    ),
     # --- incremental backups, and chains
     _mutation(
         "a version that takes none is asked for an incremental backup",
