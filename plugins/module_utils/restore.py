@@ -39,6 +39,7 @@ from .unfinished import (
     empty,
     half_done_delta,
     has_content,
+    is_vacant,
     left_behind,
     remove_incomplete,
     unaccepted,
@@ -283,7 +284,7 @@ class Restore:
                 clear_incomplete(pgdata)
                 places.clear_wal(wal)
             return ""
-        if not os.path.isdir(pgdata) or not os.listdir(pgdata):
+        if is_vacant(pgdata):
             # It was killed between its two renames.
             os.rename(waiting(pgdata), pgdata)
         for location in killed.get("locations", []):

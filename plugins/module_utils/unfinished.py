@@ -75,6 +75,16 @@ def waiting(pgdata: str) -> str:
     return f"{pgdata}.restoring"
 
 
+def is_vacant(directory: str) -> bool:
+    """Whether there is no such directory, or nothing in it."""
+    try:
+        return not os.listdir(directory)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
 def has_content(directory: str) -> bool:
     """Whether it is a directory that holds anything but what tells of an unfinished restore."""
     try:
@@ -93,7 +103,7 @@ def left_behind(pgdata: str, system_identifier: str) -> dict[str, Any] | None:
     It has the marker, and no pg_control yet. Empty when it was killed before it had written the marker. It may not have
     come to its place yet (:func:`waiting`).
     """
-    if not os.path.isdir(pgdata) or not os.listdir(pgdata):
+    if is_vacant(pgdata):
         pgdata = waiting(pgdata)
     if os.path.lexists(os.path.join(pgdata, extract.PG_CONTROL)):
         return None
