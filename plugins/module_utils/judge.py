@@ -305,15 +305,19 @@ class Judge:
             before = f"; {len(holes)} before the oldest backup" if holes else ""
             return OK, f"no segment is missing{before}", ""
         oldest = max(needed, key=lambda hole: hole.age)
-        level = CRITICAL if oldest.age >= HOLE_GRACE else WARNING
         count = sum(hole.segments for hole in needed)
         names = oldest.first if oldest.first == oldest.last else f"{oldest.first} to {oldest.last}"
         return (
-            level,
+            self._hole_level(storage),
             f"{count} segments are missing, with WAL behind them: {names}",
             f"on the primary: ls -l pg_wal/{oldest.first}; if it is there, pitr-wal push {self._cluster} it;"
             f" if not, {self._pitr} backup {self._cluster}",
         )
+
+    def _hole_level(self, storage: Storage) -> str:
+        """CRITICAL, but for holes that are so new that what belongs there may be on its way."""
+        needed = [hole.age for hole in storage.archive.holes if hole.needed]
+        return WARNING if needed and max(needed) < HOLE_GRACE else CRITICAL
 
     def _take(self) -> str:
         return f"{self._pitr} backup {self._cluster}"
@@ -332,7 +336,7 @@ class Judge:
         if newest.problem:
             return CRITICAL, f"the newest backup {newest.label} cannot be restored: {newest.problem}; {says}", self._take()
         if good[-1].hole:
-            return CRITICAL, f"ends at a hole, {good[-1].hole}; {says}", self._take()
+            return self._hole_level(storage), f"ends at a hole, {good[-1].hole}; {says}", self._take()
         if bad:
             return (
                 WARNING,
