@@ -4,8 +4,8 @@
 
 """When backups were last verified and when a drill was last held, for monitoring to read.
 
-Kept in ``activity.json`` in the cluster's folder, where this host can write there. No restore, backup or expire depends on
-it: what cannot be read was never done, which is what monitoring then says.
+Kept in ``activity.json`` in the cluster's folder, where this host can write there. No restore, backup or expire depends
+on it: what cannot be read was never done, which is what monitoring then says.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def read(path: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def add(path: str, kind: str, entry: Mapping[str, Any]) -> bool:
-    """Remember something that was done now. Returns whether it was written: a repository may be read-only, or far away."""
+    """Remember something that was done now. Returns whether it was written; the repository may be read-only."""
     if not path:
         return False
     found = read(path)

@@ -4,8 +4,8 @@
 
 """What is wrong with a cluster, by what is known of it: facts become findings. Pure.
 
-Every check gives exactly one finding, whatever is known: one that could not be made says so by UNKNOWN, because a check that
-is silent looks like one that is content. More lag, more age or less room never gives a milder finding.
+Every check gives exactly one finding, whatever is known: one that could not be made says so by UNKNOWN, because a check
+that is silent looks like one that is content. More lag, more age or less room never gives a milder finding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OK, WARNING, CRITICAL, UNKNOWN = LEVELS = ("OK", "WARNING", "CRITICAL", "UNKNOWN
 CODES = {OK: 0, WARNING: 1, CRITICAL: 2, UNKNOWN: 3}
 # What is not known is worse than nothing, and better than what is known to be wrong.
 _RANK = {OK: 0, UNKNOWN: 1, WARNING: 2, CRITICAL: 3}
-# This much behind the last switch may be written by a server that has nothing to do, and is archived by the next switch.
+# This much behind the last switch may be written by a server that has nothing to do, and waits for the next switch.
 IDLE_BYTES = 16384
 # Segments get into the archive side by side. A hole of less than this many seconds may just be one on its way.
 HOLE_GRACE = 300.0
@@ -163,7 +163,7 @@ class Judge:
                 CRITICAL,
                 f"WRONG CLUSTER: the primary is {server.system_identifier}, the repository's is {expected};"
                 " nothing of this server is backed up here",
-                f"cat <repository>/{self._cluster}/cluster.json; check pitr_primary_address; after pg_upgrade open a new chapter",
+                f"cat <repository>/{self._cluster}/cluster.json; mind pitr_primary_address; pg_upgrade: a new chapter",
             )
         return OK, f"system identifier {expected}", ""
 
@@ -183,7 +183,8 @@ class Judge:
         ready = f"{server.ready} segments wait, the oldest for {span(waiting)}" if server.ready else ""
         new = self._facts.new_failures or 0
         if failing:
-            says = f"archive_command fails: {server.failed_count} times in all, last {span(server.last_failed_age or 0)} ago for {server.last_failed_wal}"
+            last = f"last {span(server.last_failed_age or 0)} ago for {server.last_failed_wal}"
+            says = f"archive_command fails: {server.failed_count} times in all, {last}"
             return _worse(WARNING, level), says + (f"; {ready}" if ready else ""), log
         if level != OK:
             return (
@@ -220,7 +221,9 @@ class Judge:
     def _receives(self, receiver: Receiver) -> bool:
         server = self._facts.server
         if server is not None and not server.refused:
-            return any(s.application_name == receiver.application_name and s.state == "streaming" for s in server.senders)
+            return any(
+                s.application_name == receiver.application_name and s.state == "streaming" for s in server.senders
+            )
         return receiver.running and receiver.state == "streaming"
 
     def _receiver(self, storage: Storage) -> tuple[str, str, str]:
@@ -229,7 +232,9 @@ class Judge:
             return OK, "there is none", ""
         look = f"systemctl status pitr-receiver@{self._cluster}; journalctl -u pitr-receiver@{self._cluster}"
         if not self._receives(receiver):
-            what = receiver.last_error or ("it does not run" if not receiver.running else f"its state is {receiver.state}")
+            what = receiver.last_error or (
+                "it does not run" if not receiver.running else f"its state is {receiver.state}"
+            )
             return CRITICAL, f"does not receive: {what}", look
         if receiver.not_archived:
             return WARNING, f"{receiver.not_archived} received segments cannot be archived: {receiver.last_error}", look
@@ -279,7 +284,8 @@ class Judge:
         if newest > current:
             return (
                 CRITICAL,
-                f"the archive has timeline {newest}, the primary is on {current}: another server was promoted and archives here",
+                f"the archive has timeline {newest}, the primary is on {current}: another server was promoted and"
+                " archives here",
                 "find the server that writes the newer timeline, and stop it or make it the primary",
             )
         if current != 1 and current not in archive.histories:
@@ -304,7 +310,13 @@ class Judge:
         if not needed:
             before = f"; {len(holes)} before the oldest backup" if holes else ""
             return OK, f"no segment is missing{before}", ""
-        oldest = max(needed, key=lambda hole: hole.age)
+        oldest = max(needed, key=lambda hole: (hole.current, hole.age))
+        if not oldest.current:
+            return (
+                WARNING,
+                f"restores from older backups end at {oldest.first}, which is missing; not of the newest one",
+                f"expire takes them away in time: {self._pitr} expire {self._cluster}",
+            )
         count = sum(hole.segments for hole in needed)
         names = oldest.first if oldest.first == oldest.last else f"{oldest.first} to {oldest.last}"
         return (
@@ -316,7 +328,7 @@ class Judge:
 
     def _hole_level(self, storage: Storage) -> str:
         """CRITICAL, but for holes that are so new that what belongs there may be on its way."""
-        needed = [hole.age for hole in storage.archive.holes if hole.needed]
+        needed = [hole.age for hole in storage.archive.holes if hole.needed and hole.current]
         return WARNING if needed and max(needed) < HOLE_GRACE else CRITICAL
 
     def _take(self) -> str:
@@ -334,7 +346,11 @@ class Judge:
             says += f", archived {span(storage.archive.last_segment_age)} ago"
         bad = [backup for backup in storage.backups if backup.problem]
         if newest.problem:
-            return CRITICAL, f"the newest backup {newest.label} cannot be restored: {newest.problem}; {says}", self._take()
+            return (
+                CRITICAL,
+                f"the newest backup {newest.label} cannot be restored: {newest.problem}; {says}",
+                self._take(),
+            )
         if good[-1].hole:
             return self._hole_level(storage), f"ends at a hole, {good[-1].hole}; {says}", self._take()
         if bad:

@@ -4,8 +4,8 @@
 
 """Looking at a cluster for monitoring: the primary over the ordinary protocol, the repository on this host.
 
-A server that does not answer, and a repository that cannot be read, are facts and no failures. The archive is read by names
-alone: no segment is opened, however many there are.
+A server that does not answer, and a repository that cannot be read, are facts and no failures. The archive is read by
+names alone: no segment is opened, however many there are.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .receiver import holders, lock_path, read_status
 from .repository import Chapter, ClusterFolder, require_directory
 from .retention import needed_from
 from .sizes import folder_bytes
+from .upstream import settings_path
 from .wal import Lsn, WalFile
 from .watched import Archive, Facts, Hole, Receiver, Room, Sender, Server, Slot, Storage, Stored
 
@@ -65,7 +66,10 @@ _MAY = "SELECT pg_has_role(current_user, 'pg_monitor', 'USAGE')"
 
 
 def server_facts(login: Login) -> Server:
-    """What the server says of itself. Raises PitrError when it does not answer."""
+    """What the server says of itself; of several hosts with commas between them the primary. Raises PitrError when it
+    does not answer."""
+    if "," in login.host:
+        os.environ["PGTARGETSESSIONATTRS"] = "primary"
     with contextlib.closing(login.connect(application_name="pitr-status")) as connection:
         query(connection, f"SET statement_timeout = {STATEMENT_TIMEOUT}")
         row = query(connection, _SERVER)[0]
@@ -124,24 +128,30 @@ def archived_end(index: ArchiveIndex, timeline: int) -> Optional[Lsn]:
 
 
 class Look:
-    """One look at a cluster's folder. ``now``: seconds since 1970."""
+    """One look at a cluster's folder. ``now`` in seconds since 1970; ``directory`` has the receiver's settings."""
 
-    def __init__(self, folder: ClusterFolder, memory: seen.Seen, now: float) -> None:
+    def __init__(self, folder: ClusterFolder, memory: seen.Seen, now: float, directory: str = "") -> None:
         self._folder = folder
         self._chapter: Chapter = folder.chapter
         self._memory = memory
         self._now = now
+        self._directory = directory
 
     def storage(self, timeline: Optional[int]) -> Storage:
-        """What the repository tells; ``timeline`` is the primary's, None for the newest that is there. Raises PitrError,
-        OSError."""
+        """What the repository tells; ``timeline`` is the primary's, None for the newest that is there.
+
+        Raises PitrError, OSError.
+        """
         folder, chapter = self._folder, self._chapter
         index = scan(folder, chapter)
         everything = stored_backups(folder)
         backups = [backup for backup in everything if backup.system_identifier == chapter.system_identifier]
         damage = broken_chains(backups, damaged_backups(folder, backups))
         stored = tuple(self._stored(window(b, index, damage.get(b.label, "")), b) for b in backups)
-        needed = needed_from([(b.timeline, b.start_lsn, b.stop_lsn) for b in backups], index)
+        good = {item.label for item in stored if not item.problem}
+        points = {b.label: (b.timeline, b.start_lsn, b.stop_lsn) for b in backups}
+        needed = needed_from(points.values(), index)
+        current = needed_from([points[b.label] for b in backups if b.label in good][-1:], index)
         with_segments = [each for each in index.timelines if index.last(each) is not None]
         last = index.name(with_segments[-1], index.last(with_segments[-1]) or 0) if with_segments else ""
         archive = Archive(
@@ -152,7 +162,7 @@ class Look:
             last_segment=last,
             last_segment_age=self._segment_age(last) if last else None,
             end=archived_end(index, timeline or max(with_segments, default=1)),
-            holes=tuple(self._hole(index, needed, *run) for run in index.holes()[:MAX_HOLES]),
+            holes=tuple(self._hole(index, needed, current, *run) for run in index.holes()[-MAX_HOLES:]),
         )
         done = activity.read(activity.path_of(folder))
         verify_age, verify_level, damaged = self._verified(done[activity.VERIFY], {b.label for b in backups})
@@ -189,7 +199,9 @@ class Look:
             return max(0.0, self._now - written)
         return None
 
-    def _hole(self, index: ArchiveIndex, needed: dict[int, int], timeline: int, first: int, last: int) -> Hole:
+    def _hole(
+        self, index: ArchiveIndex, needed: dict[int, int], current: dict[int, int], timeline: int, first: int, last: int
+    ) -> Hole:
         # What follows on the next timeline has no name of its own that would tell; it counts as old.
         age = self._segment_age(index.name(timeline, last + 1)) if index.has(timeline, last + 1) else None
         return Hole(
@@ -199,6 +211,7 @@ class Look:
             segments=last - first + 1,
             age=float("inf") if age is None else age,
             needed=timeline in needed and last >= needed[timeline],
+            current=timeline in current and last >= current[timeline],
         )
 
     def _verified(
@@ -245,22 +258,28 @@ class Look:
         return sum(count for _changed, count in found.values())
 
     def _receiver(self) -> Optional[Receiver]:
-        status = read_status(self._folder)
-        if not status:
+        # One that was taken away has no settings any more; what it last said stays.
+        if not os.path.exists(settings_path(self._directory, self._folder.name)):
             return None
+        status = read_status(self._folder)
         lsn = status.get("received_lsn")
         return Receiver(
             application_name=str(status.get("application_name") or ""),
             running=bool(holders(lock_path(self._folder))),
-            state=str(status.get("state") or ""),
+            state=str(status.get("state") or "not started yet"),
             last_error=str(status.get("last_error") or ""),
             received_lsn=Lsn.parse(str(lsn)) if lsn else None,
             not_archived=len(status.get("not_archived") or ()),
         )
 
 
-def look(repository: str, cluster: str, login: Login, memory: seen.Seen, now: Optional[float] = None) -> Facts:
-    """Look at the primary and at the repository, and remember in ``memory`` what the next look will want to know."""
+def look(
+    repository: str, cluster: str, login: Login, memory: seen.Seen, directory: str = "", now: Optional[float] = None
+) -> Facts:
+    """Look at the primary and at the repository, and remember in ``memory`` what the next look will want to know.
+
+    ``directory`` is that of ``pitr-wal``, where a receiver has its settings.
+    """
     began = time.monotonic()
     at = time.time() if now is None else now
     facts = Facts(cluster=cluster, at=at, server_name=str(login))
@@ -272,7 +291,7 @@ def look(repository: str, cluster: str, login: Login, memory: seen.Seen, now: Op
     try:
         require_directory(repository)
         folder = ClusterFolder.open(repository, cluster)
-        storage = Look(folder, memory, at).storage(server.timeline if server is not None else None)
+        storage = Look(folder, memory, at, directory).storage(server.timeline if server is not None else None)
         facts = dataclasses.replace(facts, storage=storage)
     except PitrError as error:
         facts = dataclasses.replace(facts, storage_problem=" ".join(error.message.split()))

@@ -28,9 +28,7 @@ from .repository import ClusterFolder, check_cluster_name, require_directory
 from .retention import Policy
 from .verify import Verification, as_result, choose
 
-USAGE = (
-    "usage: pitr backup CLUSTER | pitr verify CLUSTER [all|latest|LABEL] | pitr expire CLUSTER | pitr status [CLUSTER …]"
-)
+USAGE = "usage: pitr backup CLUSTER | verify CLUSTER [all|latest|LABEL] | expire CLUSTER | status [CLUSTER …]"
 FAILED, WRONG_USE = 1, 2
 
 

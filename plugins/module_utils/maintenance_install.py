@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Installing the commands ``pitr`` and ``pitr-status`` on a repository host, beside ``pitr-wal``, from the same source."""
+"""Installing the commands ``pitr`` and ``pitr-status`` beside ``pitr-wal`` and from the same source."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import json
 import os
 import shlex
 
+from . import seen
 from .errors import PitrError
 from .install import PACKAGE, VERSION, interpreter, source, write_files
 from .maintenance import Settings, passfile_path, settings_path
 from .repository import check_cluster_name
+from .status import FOLDER
 from .status import Settings as StatusSettings
 from .status import settings_path as status_settings_path
 from .watched import Limits
@@ -85,6 +87,19 @@ def content(
         )
         files[os.path.join(directory, command)] = (launcher.encode(), 0o755)
     return files
+
+
+def remove_monitoring(directory: str, cluster: str, check: bool = False) -> list[str]:
+    """Forget what monitoring was told, and the password where nobody else uses it. Returns the paths of what goes."""
+    check_cluster_name(cluster)
+    unwanted = [status_settings_path(directory, cluster), seen.path_of(os.path.join(directory, FOLDER), cluster)]
+    if not os.path.exists(settings_path(directory, cluster)):
+        unwanted.append(passfile_path(directory, cluster))
+    found = [path for path in unwanted if os.path.exists(path)]
+    if not check:
+        for path in found:
+            os.unlink(path)
+    return found
 
 
 def install(

@@ -30,7 +30,7 @@ FOLDER = "monitoring"
 
 @dataclass(frozen=True)
 class Settings:
-    """``<directory>/monitoring/<cluster>.json``: whom to ask, where the repository is, and the limits over the defaults.
+    """``<directory>/monitoring/<cluster>.json``: whom to ask, where the repository is, and own limits.
 
     The password is the one of the command ``pitr``, in ``maintenance/<cluster>.pgpass``.
     """
@@ -70,7 +70,7 @@ def configured(directory: str) -> list[str]:
 
 
 def stored_settings(directory: str, cluster: str) -> Optional[Settings]:
-    """The settings of monitoring where it is installed, None where it is not. Raises PitrError when they cannot be used."""
+    """The settings of monitoring, None where it is not installed. Raises PitrError when they cannot be used."""
     return read_settings(directory, cluster) if os.path.exists(settings_path(directory, cluster)) else None
 
 
@@ -87,19 +87,21 @@ def read_settings(directory: str, cluster: str) -> Settings:
         with open(path, encoding="utf-8") as stream:
             return Settings.from_dict(json.load(stream))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise PitrError(f"The settings {path} cannot be used: {error}. The role pgdrill.pitr.monitoring writes them.") from None
+        raise PitrError(
+            f"The settings {path} cannot be used: {error}. The role pgdrill.pitr.monitoring writes them."
+        ) from None
 
 
 def look_and_judge(
     directory: str, cluster: str, settings: Settings, login: Optional[Login] = None, keep: bool = True
 ) -> Status:
-    """Look at one cluster and judge it; with ``keep`` what was seen is remembered. Raises PitrError for wrong limits."""
+    """Look at one cluster and judge it; with ``keep`` what was seen is kept. Raises PitrError for wrong limits."""
     limits = Limits.from_options(settings.limits)
     if login is None:
         login = Login(host=settings.login_host, port=settings.login_port, user=settings.login_user)
     path = seen.path_of(settings.state_directory or os.path.join(directory, FOLDER), cluster)
     memory = seen.read(path)
-    facts = look(settings.repository, cluster, login, memory)
+    facts = look(settings.repository, cluster, login, memory, directory)
     problem = seen.write(path, memory) if keep else ""
     if problem:
         facts = dataclasses.replace(facts, notes=(*facts.notes, problem))
@@ -138,8 +140,10 @@ def _arguments(argv: Sequence[str]) -> Optional[tuple[list[str], str, str]]:
 
 
 def main(directory: str, argv: Sequence[str]) -> int:
-    """Run the command. Returns the exit code of a Nagios plugin: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN or wrong use; with
-    ``--textfile`` 0 when it was written, whatever it says, since the verdict is in it."""
+    """Run the command. Returns the exit code of a Nagios plugin: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN or wrong use.
+
+    With ``--textfile`` it is 0 when that was written, whatever it says, since the verdict is in it.
+    """
     asked = _arguments(argv)
     if asked is None:
         sys.stderr.write(USAGE + "\n")
@@ -156,7 +160,9 @@ def main(directory: str, argv: Sequence[str]) -> int:
             write_atomic(path, metrics(statuses).encode(), 0o644)
             return 0
     except (PitrError, OSError) as error:
-        message = error.message if isinstance(error, PitrError) else f"{error.filename or 'the system'}: {error.strerror}"
+        message = (
+            error.message if isinstance(error, PitrError) else f"{error.filename or 'the system'}: {error.strerror}"
+        )
         if form == "nagios":
             sys.stdout.write(f"PITR UNKNOWN - {' '.join(message.split())}\n".replace("|", "/"))
         else:

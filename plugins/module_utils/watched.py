@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Optional
 
 from .errors import PitrError
@@ -93,8 +93,9 @@ class Hole:
     last: str
     segments: int
     age: float
-    # Whether it lies on the way of a backup that is there.
+    # Whether it lies on the way of a backup that is there, and of the newest one that can be restored.
     needed: bool = True
+    current: bool = True
 
 
 @dataclass(frozen=True)
@@ -211,62 +212,58 @@ class Limit:
     critical: float
 
 
-def _limit(kind: str, warning: float, critical: float) -> Any:
-    return field(default=Limit(warning, critical), metadata={"kind": kind})
-
-
 @dataclass(frozen=True)
 class Limits:
     """All limits, by the names that ``monitoring_limits`` has. docs/monitoring.md tells what each is for."""
 
-    full_age: Limit = _limit("span", 8 * DAY, 15 * DAY)
-    backup_age: Limit = _limit("span", 26 * 3600.0, 50 * 3600.0)
-    verify_age: Limit = _limit("span", 8 * DAY, 15 * DAY)
-    drill_age: Limit = _limit("span", 0, 0)
-    archive_lag: Limit = _limit("span", 300.0, 1800.0)
-    archive_lag_bytes: Limit = _limit("bytes", 1 << 30, 10 << 30)
-    receiver_lag_bytes: Limit = _limit("bytes", 256 << 20, 2 << 30)
-    slot_bytes: Limit = _limit("bytes", 2 << 30, 8 << 30)
-    idle_slot_bytes: Limit = _limit("bytes", 128 << 20, 4 << 30)
-    # These two are worse the lower they are.
-    free_percent: Limit = _limit("number", 20, 10)
-    days_left: Limit = _limit("number", 14, 3)
+    full_age: Limit = Limit(8 * DAY, 15 * DAY)
+    backup_age: Limit = Limit(26 * 3600.0, 50 * 3600.0)
+    verify_age: Limit = Limit(8 * DAY, 15 * DAY)
+    drill_age: Limit = Limit(0, 0)
+    archive_lag: Limit = Limit(300.0, 1800.0)
+    archive_lag_bytes: Limit = Limit(1 << 30, 10 << 30)
+    receiver_lag_bytes: Limit = Limit(256 << 20, 2 << 30)
+    slot_bytes: Limit = Limit(2 << 30, 8 << 30)
+    idle_slot_bytes: Limit = Limit(128 << 20, 4 << 30)
+    free_percent: Limit = Limit(20, 10)
+    days_left: Limit = Limit(14, 3)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Limits:
         """Pairs [warning, critical] by name over the defaults. Raises PitrError for what is not understood."""
-        known = {item.name: item for item in fields(cls)}
+        known = [item.name for item in fields(cls)]
         values: dict[str, Limit] = {}
         for name, pair in options.items():
             if name not in known:
                 raise PitrError(f"There is no limit '{name}'. Limits: {', '.join(known)}. Nothing was changed.")
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 raise PitrError(f"The limit {name} is not a list of two, [warning, critical]. Nothing was changed.")
-            kind = known[name].metadata["kind"]
-            limit = Limit(*(_number(name, kind, value) for value in pair))
-            falling = kind == "number"
+            limit = Limit(*(_number(name, value) for value in pair))
             if limit.warning and limit.critical:
+                falling = name in FALLING
                 if (limit.critical > limit.warning) if falling else (limit.critical < limit.warning):
                     raise PitrError(f"The limit {name} would be critical before it warns. Nothing was changed.")
             values[name] = limit
         return cls(**values)
 
 
+# Worse the lower they are; plain numbers. Others are sizes in bytes by their name, or else spans of time.
+FALLING = ("free_percent", "days_left")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|MB|GB|TB)\Z")
 _FACTOR = {"B": 1, "kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
 
 
-def _number(name: str, kind: str, value: Any) -> float:
+def _number(name: str, value: Any) -> float:
     text = str(value).strip()
     if text in ("", "0"):
         return 0.0
-    if kind == "span":
-        return parse_window(text, f"The limit {name}", "Nothing was changed.").total_seconds()
-    if kind == "bytes":
+    if name.endswith("_bytes"):
         match = _SIZE.match(text)
         if match is None:
             raise PitrError(f"The limit {name}, '{text}', is not a size such as 512MB or 2GB. Nothing was changed.")
         return float(match.group(1)) * _FACTOR[match.group(2)]
+    if name not in FALLING:
+        return parse_window(text, f"The limit {name}", "Nothing was changed.").total_seconds()
     try:
         number = float(text)
     except ValueError:

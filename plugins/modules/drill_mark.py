@@ -11,8 +11,8 @@ module: drill_mark
 short_description: Remember in the repository that a drill was held
 version_added: 0.2.0
 description:
-  - Notes the verdict of a drill in the cluster's folder, for monitoring to tell how long ago the last one passed. The role
-    C(drill) does it; the evidence itself is what M(pgdrill.pitr.drill_report) writes.
+  - Notes the verdict of a drill in the cluster's folder, for monitoring to tell how long ago the last one passed. The
+    role C(drill) does it; the evidence itself is what M(pgdrill.pitr.drill_report) writes.
 extends_documentation_fragment:
   - pgdrill.pitr.repository
   - pgdrill.pitr.attributes
@@ -53,7 +53,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 written:
-  description: Whether it was written. A repository that this host may only read, or reaches over ssh, remembers nothing.
+  description: Whether it was written. A repository that this host may only read remembers nothing.
   returned: success
   type: bool
   sample: true
@@ -78,11 +78,8 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.pgdrill.pitr.plugins.module_utils import activity
-from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
-    open_cluster,
-    repository_argument_spec,
-    run_module,
-)
+from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
+from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **repository_argument_spec(),
@@ -94,7 +91,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Write it down."""
     params = module.params
-    path = activity.path_of(open_cluster(params))
+    path = activity.path_of(ClusterFolder.open(params["repository"], params["cluster"]))
     if module.check_mode:
         return {"changed": bool(path), "written": False}
     entry = {"verdict": params["verdict"], "scenarios": params["scenarios"]}

@@ -11,8 +11,9 @@ module: monitoring_command
 short_description: Install the command pitr-status that tells how a cluster's archive and backups are
 version_added: 0.2.0
 description:
-  - Installs C(pitr-status) and its settings for one cluster on the repository host, and C(pitr) beside it, with which it
-    shares code and password file.
+  - Installs C(pitr-status) and its settings for one cluster on the repository host, and C(pitr) beside it, with which
+    it shares code and password file.
+  - With O(state=absent) the settings go, and the password where C(pitr) does not use it. The commands stay.
   - Run it as the user that owns the repository. The password lies in a file with mode 0600, and is in no command line.
 extends_documentation_fragment:
   - pgdrill.pitr.repository
@@ -25,6 +26,12 @@ attributes:
   idempotent:
     support: full
 options:
+  state:
+    description:
+      - Whether the cluster is watched from here.
+    type: str
+    choices: [present, absent]
+    default: present
   directory:
     description:
       - Directory to install into, that of C(pitr-wal).
@@ -52,9 +59,10 @@ options:
     default: ''
   limits:
     description:
-      - Limits that differ from the defaults, each a list of two, C([warning, critical]); V(0) is never. Spans of time are like
-        V(26 h), sizes like V(2GB). The names are C(full_age), C(backup_age), C(verify_age), C(drill_age), C(archive_lag),
-        C(archive_lag_bytes), C(receiver_lag_bytes), C(slot_bytes), C(idle_slot_bytes), C(free_percent), C(days_left).
+      - Limits that differ from the defaults, each a list of two, C([warning, critical]); V(0) is never. Spans of time
+        are like V(26 h), sizes like V(2GB). The names are C(full_age), C(backup_age), C(verify_age), C(drill_age),
+        C(archive_lag), C(archive_lag_bytes), C(receiver_lag_bytes), C(slot_bytes), C(idle_slot_bytes), C(free_percent)
+        and C(days_left).
     type: dict
     default: {}
   state_directory:
@@ -91,7 +99,7 @@ command:
   type: str
   sample: /usr/local/lib/pgdrill/pitr-status
 written:
-  description: Files that were written, or would be in check mode.
+  description: Files that were written or removed, or would be in check mode.
   returned: success
   type: list
   elements: str
@@ -118,11 +126,16 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
-from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_install import STATUS_COMMAND, install
+from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_install import (
+    STATUS_COMMAND,
+    install,
+    remove_monitoring,
+)
 from ansible_collections.pgdrill.pitr.plugins.module_utils.status import Settings
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **repository_argument_spec(),
+    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
     "directory": {"type": "path", "required": True},
     "login_host": {"type": "str", "required": True},
     "login_port": {"type": "int", "default": 5432},
@@ -135,17 +148,14 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:
-    """Install."""
+    """Install, or take away."""
     params = module.params
-    directory = params["directory"]
-    written = install(
-        directory,
-        params["cluster"],
-        Settings.from_dict(params),
-        params["login_password"],
-        params["python"] or "",
-        module.check_mode,
-    )
+    directory, cluster = params["directory"], params["cluster"]
+    if params["state"] == "absent":
+        written = remove_monitoring(directory, cluster, module.check_mode)
+    else:
+        settings, python = Settings.from_dict(params), params["python"] or ""
+        written = install(directory, cluster, settings, params["login_password"], python, module.check_mode)
     command = os.path.join(directory, STATUS_COMMAND)
     result: dict[str, Any] = {"changed": bool(written), "command": command, "written": written}
     if module._diff:

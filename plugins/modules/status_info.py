@@ -12,8 +12,8 @@ short_description: Tell how a cluster's archiving, backups and repository are, a
 version_added: 0.2.0
 description:
   - Looks at the primary and at the repository, and judges what it finds. C(pitr-status) is the same as a command.
-  - A primary that does not answer is a finding, and what the repository tells is told all the same. The module fails only
-    when it was called wrongly.
+  - A primary that does not answer is a finding, and what the repository tells is told all the same. The module fails
+    only when it was called wrongly.
   - Run it on the repository host as the user that owns the repository.
 extends_documentation_fragment:
   - pgdrill.pitr.repository
@@ -56,9 +56,10 @@ options:
     default: ''
   limits:
     description:
-      - Limits that differ from the defaults, each a list of two, C([warning, critical]); V(0) is never. Spans of time are like
-        V(26 h), sizes like V(2GB). The names are C(full_age), C(backup_age), C(verify_age), C(drill_age), C(archive_lag),
-        C(archive_lag_bytes), C(receiver_lag_bytes), C(slot_bytes), C(idle_slot_bytes), C(free_percent), C(days_left).
+      - Limits that differ from the defaults, each a list of two, C([warning, critical]); V(0) is never. Spans of time
+        are like V(26 h), sizes like V(2GB). The names are C(full_age), C(backup_age), C(verify_age), C(drill_age),
+        C(archive_lag), C(archive_lag_bytes), C(receiver_lag_bytes), C(slot_bytes), C(idle_slot_bytes), C(free_percent)
+        and C(days_left).
     type: dict
     default: {}
   state_directory:
@@ -100,7 +101,7 @@ findings:
       says: 20260301T142959Z-full, 9.0 days old
       do: journalctl -u pitr-backup@main; /usr/local/lib/pgdrill/pitr backup main
 facts:
-  description: What is known, ages in seconds and sizes in bytes. Not a fixed interface; C(findings) and the metrics are.
+  description: What is known, ages in seconds and sizes in bytes. Not a fixed interface, which C(findings) is.
   returned: success
   type: dict
   sample: {"archive_lag": 1048576}

@@ -165,6 +165,11 @@ def test_missing_segment_is_a_gap_by_name(primary: Sandbox) -> None:
     status = look(primary)
     assert wrong(status) == {"gaps": CRITICAL, "window": CRITICAL}
     assert missing.name in finding(status, "window").says
+    # A new backup does not need what is missing.
+    primary.backup("b2")
+    primary.probe()
+    status = look(primary)
+    assert wrong(status) == {"gaps": WARNING} and missing.name in finding(status, "gaps").says
 
 
 def test_missing_wal_of_the_only_backup_leaves_nothing_to_restore(primary: Sandbox) -> None:
@@ -385,6 +390,11 @@ def test_receiver_is_watched(receiving: tuple[Sandbox, Receiving]) -> None:
     status = look(primary)
     assert wrong(status) == {"receiver": CRITICAL}
     assert "pitr-receiver@main" in finding(status, "receiver").do
+    # One that was taken away is not missed.
+    settings_file = primary.directory / "pitr" / "receiver" / "main.json"
+    settings_file.rename(settings_file.with_suffix(".away"))
+    assert wrong(look(primary)) == {} and finding(look(primary), "receiver").says == "there is none"
+    settings_file.with_suffix(".away").rename(settings_file)
     # Without the primary what the receiver says counts.
     receiver.start()
     primary.server.stop()

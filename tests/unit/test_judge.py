@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Facts become findings: every check has a verdict, what is worse is never judged milder, and nothing unknown looks content."""
+"""Facts become findings: every check has a verdict, worse is never milder, and nothing unknown looks content."""
 
 from __future__ import annotations
 
@@ -97,94 +97,164 @@ FAULTS: dict[str, tuple[Facts, str, str, str]] = {
     "fails": (facts(server={"failed_count": 3, "last_failed_age": 5.0}), "archiving", WARNING, "archive_command fails"),
     "never archived": (
         facts(server={"failed_count": 3, "last_failed_age": 5.0, "last_archived_age": None}),
-        "archiving", WARNING, "fails",
+        "archiving",
+        WARNING,
+        "fails",
     ),
     "fails long": (
         facts(server={"failed_count": 9, "last_failed_age": 5.0, "ready": 4, "oldest_ready_age": 7200.0}),
-        "archiving", CRITICAL, "4 segments wait",
+        "archiving",
+        CRITICAL,
+        "4 segments wait",
     ),
     "failed": (
         facts(server={"failed_count": 3, "last_failed_age": 50.0}, new_failures=3, failures_span=300.0),
-        "archiving", WARNING, "failed 3 times",
+        "archiving",
+        WARNING,
+        "failed 3 times",
     ),
     "silent": (facts(server={"ready": 2, "oldest_ready_age": 600.0}), "archiving", WARNING, "silent"),
     "very silent": (facts(server={"ready": 2, "oldest_ready_age": 1800.0}), "archiving", CRITICAL, "silent"),
     "lag": (facts(archive={"end": Lsn(8 * GB)}), "archive_lag", WARNING, "2.0 GB behind"),
-    "old lag": (facts(archive={"end": Lsn(10 * GB - 20000)}, archive_lag_age=1800.0), "archive_lag", CRITICAL, "30 min"),
+    "old lag": (
+        facts(archive={"end": Lsn(10 * GB - 20000)}, archive_lag_age=1800.0),
+        "archive_lag",
+        CRITICAL,
+        "30 min",
+    ),
     "no way": (facts(server={"timeline": 3}, archive={"end": None}), "archive_lag", CRITICAL, "nothing of timeline 3"),
     "receiver down": (
-        facts(storage={"receiver": Receiver("r", False, "stopped", "", None)}), "receiver", CRITICAL, "does not run",
+        facts(storage={"receiver": Receiver("r", False, "stopped", "", None)}),
+        "receiver",
+        CRITICAL,
+        "does not run",
     ),
     "receiver refused": (
         facts(storage={"receiver": Receiver("r", True, "refused", "wrong server", None)}),
-        "receiver", CRITICAL, "wrong server",
+        "receiver",
+        CRITICAL,
+        "wrong server",
     ),
     "receiver lag": (
         facts(
             server={"senders": (Sender("r", "streaming", "async", 3 * GB),)},
             storage={"receiver": Receiver("r", True, "streaming", "", None)},
         ),
-        "receiver", CRITICAL, "3.0 GB behind",
+        "receiver",
+        CRITICAL,
+        "3.0 GB behind",
     ),
     "receiver cannot archive": (
         facts(
             server={"senders": (Sender("r", "streaming", "async", 0),)},
             storage={"receiver": Receiver("r", True, "streaming", "no space", None, not_archived=2)},
         ),
-        "receiver", WARNING, "2 received segments cannot be archived",
+        "receiver",
+        WARNING,
+        "2 received segments cannot be archived",
     ),
-    "slot": (facts(server={"slots": (Slot("s", "physical", False, "reserved", GB),)}), "slots", WARNING, "nobody uses it"),
-    "lost slot": (facts(server={"slots": (Slot("s", "physical", False, "lost", None),)}), "slots", CRITICAL, "has lost WAL"),
+    "slot": (
+        facts(server={"slots": (Slot("s", "physical", False, "reserved", GB),)}),
+        "slots",
+        WARNING,
+        "nobody uses it",
+    ),
+    "lost slot": (
+        facts(server={"slots": (Slot("s", "physical", False, "lost", None),)}),
+        "slots",
+        CRITICAL,
+        "has lost WAL",
+    ),
     "unreserved": (
-        facts(server={"slots": (Slot("s", "logical", True, "unreserved", 10),)}), "slots", CRITICAL, "next checkpoint",
+        facts(server={"slots": (Slot("s", "logical", True, "unreserved", 10),)}),
+        "slots",
+        CRITICAL,
+        "next checkpoint",
     ),
     "slot at its limit": (
         facts(server={"max_slot_keep": GB, "slots": (Slot("s", "physical", True, "extended", GB - 5),)}),
-        "slots", CRITICAL, "max_slot_wal_keep_size",
+        "slots",
+        CRITICAL,
+        "max_slot_wal_keep_size",
     ),
     "other timeline": (facts(archive={"timelines": (1, 2), "histories": (2,)}), "timeline", CRITICAL, "another server"),
     "no history": (facts(server={"timeline": 2}, archive={"timelines": (1, 2)}), "timeline", CRITICAL, "history file"),
     "gap": (facts(archive={"holes": (Hole(1, "A", "B", 2, 3600.0),)}), "gaps", CRITICAL, "2 segments are missing"),
     "fresh gap": (facts(archive={"holes": (Hole(1, "A", "B", 2, 10.0),)}), "gaps", WARNING, "A to B"),
+    "older gap": (
+        facts(archive={"holes": (Hole(1, "A", "B", 2, 3600.0, current=False),)}),
+        "gaps",
+        WARNING,
+        "restores from older backups end at A",
+    ),
     "old gap": (facts(archive={"holes": (Hole(1, "A", "B", 2, 3600.0, False),)}), "gaps", OK, "before the oldest"),
     "no backup": (facts(storage={"backups": ()}), "window", CRITICAL, "there is no backup"),
     "no good backup": (
         facts(storage={"backups": (dataclasses.replace(FULL, problem="missing WAL: X"),)}),
-        "window", CRITICAL, "nothing can be restored",
+        "window",
+        CRITICAL,
+        "nothing can be restored",
     ),
     "newest is bad": (
         facts(storage={"backups": (FULL, dataclasses.replace(FULL, label="b2", problem="damaged"))}),
-        "window", CRITICAL, "b2 cannot be restored",
+        "window",
+        CRITICAL,
+        "b2 cannot be restored",
     ),
     "older is bad": (
         facts(storage={"backups": (dataclasses.replace(FULL, label="b0", problem="damaged"), FULL)}),
-        "window", WARNING, "b0: damaged",
+        "window",
+        WARNING,
+        "b0: damaged",
     ),
     "window ends": (
-        facts(storage={"backups": (dataclasses.replace(FULL, hole="missing WAL: X"),)}), "window", CRITICAL, "a hole",
+        facts(storage={"backups": (dataclasses.replace(FULL, hole="missing WAL: X"),)}),
+        "window",
+        CRITICAL,
+        "a hole",
     ),
     "bad backups do not count": (
         facts(storage={"backups": (dataclasses.replace(FULL, problem="damaged"),)}),
-        "full_backup", CRITICAL, "no full backup that can be restored",
+        "full_backup",
+        CRITICAL,
+        "no full backup that can be restored",
     ),
-    "old full": (facts(storage={"backups": (dataclasses.replace(FULL, age=9 * DAY),)}), "full_backup", WARNING, "9.0 days"),
+    "old full": (
+        facts(storage={"backups": (dataclasses.replace(FULL, age=9 * DAY),)}),
+        "full_backup",
+        WARNING,
+        "9.0 days",
+    ),
     "only incremental": (
-        facts(storage={"backups": (dataclasses.replace(FULL, type="incremental"),)}), "full_backup", CRITICAL, "no full",
+        facts(storage={"backups": (dataclasses.replace(FULL, type="incremental"),)}),
+        "full_backup",
+        CRITICAL,
+        "no full",
     ),
-    "old backup": (facts(storage={"backups": (dataclasses.replace(FULL, age=3 * DAY),)}), "backup", CRITICAL, "3.0 days"),
+    "old backup": (
+        facts(storage={"backups": (dataclasses.replace(FULL, age=3 * DAY),)}),
+        "backup",
+        CRITICAL,
+        "3.0 days",
+    ),
     "damage": (facts(storage={"damaged": ("b1",)}), "verify", CRITICAL, "found damaged: b1"),
     "old verify": (facts(storage={"verify_age": 9 * DAY}), "verify", WARNING, "9.0 days ago"),
     "never verified": (
         facts(storage={"verify_age": None, "backups": (dataclasses.replace(FULL, age=9 * DAY),)}),
-        "verify", WARNING, "no backup was verified",
+        "verify",
+        WARNING,
+        "no backup was verified",
     ),
     "drill failed": (facts(storage={"drill_failed": True}), "drill", WARNING, "failed"),
     "nearly full": (facts(room={"free": 5 * GB}), "space", CRITICAL, "5 %"),
     "will be full": (facts(room={"growth": 8.0 * GB}), "space", WARNING, "about 10 days (an estimate"),
     "no room": (
-        facts(storage={"backups": (dataclasses.replace(FULL, stored_bytes=90 * GB),)}), "space", CRITICAL, "no room",
+        facts(storage={"backups": (dataclasses.replace(FULL, stored_bytes=90 * GB),)}),
+        "space",
+        CRITICAL,
+        "no room",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FAULTS.values(), ids=FAULTS)
@@ -316,7 +386,7 @@ def test_limits_are_read_with_their_units() -> None:
         ({"days_left": ["many", 3]}, "not a number"),
         ({"days_left": ["nan", 3]}, "not a number"),
     ],
-)  # fmt: skip
+)
 def test_limit_that_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(PitrError, match="Nothing was changed") as caught:
         Limits.from_options(options)
