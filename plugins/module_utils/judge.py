@@ -221,9 +221,8 @@ class Judge:
     def _receives(self, receiver: Receiver) -> bool:
         server = self._facts.server
         if server is not None and not server.refused:
-            return any(
-                s.application_name == receiver.application_name and s.state == "streaming" for s in server.senders
-            )
+            states = {s.state for s in server.senders if s.application_name == receiver.application_name}
+            return bool(states & {"streaming", "catchup"})
         return receiver.running and receiver.state == "streaming"
 
     def _receiver(self, storage: Storage) -> tuple[str, str, str]:
@@ -384,10 +383,8 @@ class Judge:
             return CRITICAL, f"was found damaged: {', '.join(storage.damaged[:5])}", run
         limit = self._limits.verify_age
         if storage.verify_age is None:
-            level = WARNING if limit.warning or limit.critical else OK
             # What is younger than the limit could not have been verified yet.
-            oldest = max((backup.age for backup in storage.backups), default=0.0)
-            level = _worse(over(oldest, limit), OK) if level != OK else OK
+            level = over(max((backup.age for backup in storage.backups), default=0.0), limit)
             return level, "no backup was verified yet", "" if level == OK else run
         level = over(storage.verify_age, limit)
         return level, f"whole ({storage.verify_level}) {span(storage.verify_age)} ago", "" if level == OK else run

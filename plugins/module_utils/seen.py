@@ -112,10 +112,14 @@ def read(path: str) -> Seen:
 
 
 def write(path: str, seen: Seen) -> str:
-    """Keep it. Returns what to say when that was not possible."""
+    """Keep it. Returns what to say when that was not possible.
+
+    In a directory of another user nothing is kept: the file would be closed to that one when root has looked.
+    """
     try:
         os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-        write_json(path, seen.to_dict())
+        if os.stat(os.path.dirname(path)).st_uid == os.geteuid():
+            write_json(path, seen.to_dict())
     except (OSError, PitrError) as error:
         return f"{path} was not written, so that new failures and growth are not told: {error}"
     return ""

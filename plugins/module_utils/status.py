@@ -131,7 +131,7 @@ def _arguments(argv: Sequence[str]) -> Optional[tuple[list[str], str, str]]:
             if form == "textfile":
                 if not left or left[0].startswith("-"):
                     return None
-                path = left.pop(0)
+                path = os.path.abspath(left.pop(0))
         elif word.startswith("-"):
             return None
         else:

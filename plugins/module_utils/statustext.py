@@ -111,12 +111,15 @@ def fleet_row(status: Status) -> str:
 
 
 def nagios(statuses: Sequence[Status]) -> str:
-    """One line, as the Monitoring Plugins want it: the verdict, what is wrong, and figures behind a bar."""
+    """One line, as the Monitoring Plugins want it: the verdict, what is wrong, and figures behind a bar.
+
+    What is not known is told only where nothing is known to be wrong, which it mostly comes from.
+    """
     wrong = [
         f"{status.facts.cluster} {finding.check}: {finding.says}"
         for status in statuses
         for finding in sorted(status.findings, key=lambda each: _ORDER[each.level])
-        if finding.level != OK
+        if finding.level not in (OK, UNKNOWN) or status.level == UNKNOWN == finding.level
     ]
     says = "; ".join(wrong) or f"{', '.join(status.facts.cluster for status in statuses) or 'no cluster'}"
     figures = []

@@ -298,6 +298,12 @@ def test_receiver_archives_where_archive_mode_is_off() -> None:
     assert found(streaming, "archiving").level == found(streaming, "receiver").level == OK
 
 
+def test_receiver_that_catches_up_receives() -> None:
+    server = {"senders": (Sender("r", "catchup", "async", 5),)}
+    catching_up = facts(server=server, storage={"receiver": Receiver("r", True, "catching up", "", None)})
+    assert found(catching_up, "receiver").level == OK
+
+
 def test_long_archive_timeout_is_not_late() -> None:
     slow = facts(server={"archive_timeout": 3600, "ready": 1, "oldest_ready_age": 1900.0})
     assert found(slow, "archiving").level == OK
