@@ -10,9 +10,9 @@ import datetime
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +23,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils import activity
 from ansible_collections.pgdrill.pitr.plugins.module_utils import maintenance as maintenances
 from ansible_collections.pgdrill.pitr.plugins.module_utils.judge import CRITICAL, OK, UNKNOWN, WARNING, Finding
 from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_install import install
+from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import running_pid
 from ansible_collections.pgdrill.pitr.plugins.module_utils.status import Settings, look_and_judge
 from ansible_collections.pgdrill.pitr.plugins.module_utils.statustext import METRICS, Status
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import Lsn
@@ -210,6 +211,18 @@ def test_primary_that_is_down_is_a_finding_and_the_repository_is_told(primary: S
     assert finding(status, "window").level == OK and "b1" in finding(status, "window").says
 
 
+def test_primary_that_takes_the_connection_and_says_nothing_is_a_finding(primary: Sandbox) -> None:
+    postmaster = running_pid(str(primary.server.data))
+    assert postmaster is not None
+    os.kill(postmaster, signal.SIGSTOP)
+    try:
+        status = look(primary)
+    finally:
+        os.kill(postmaster, signal.SIGCONT)
+    assert finding(status, "primary").level == CRITICAL and "timeout expired" in finding(status, "primary").says
+    assert finding(status, "window").level == OK
+
+
 def test_standby_is_no_primary(primary: Sandbox) -> None:
     primary.server.stop()
     (primary.server.data / "standby.signal").touch()
@@ -325,25 +338,12 @@ def test_textfile_is_what_prometheus_reads_and_whole_at_every_moment(
     assert value(samples, "pitr_backups", type="full") == 1
     assert abs((value(samples, "pitr_last_backup_timestamp_seconds", type="any") or 0) - time.time()) < 600
     assert path.stat().st_mode & 0o777 == 0o644
-    seen_whole = []
-    ended = threading.Event()
-
-    def read() -> None:
-        while not ended.is_set():
-            text = path.read_text(encoding="utf-8")
-            parse(text)
-            seen_whole.append(len(text))
-            assert [name.name for name in path.parent.glob("*.prom")] == ["main.prom"]
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        for _number in range(5):
-            assert installed("--textfile", str(path)).returncode == 0
-    finally:
-        ended.set()
-        reader.join()
-    assert len(seen_whole) > 5 and min(seen_whole) > 1000
+    # Who reads it meanwhile reads the old one to its end.
+    before = path.read_bytes()
+    with open(path, "rb", buffering=0) as reader:
+        assert reader.read(10) == before[:10]
+        assert installed("--textfile", str(path)).returncode == 0
+        assert before[:10] + reader.read() == before != path.read_bytes()
     assert [name.name for name in path.parent.iterdir()] == ["main.prom"]
     # What is wrong is in the file, and no failure of the command.
     primary.server.stop()
