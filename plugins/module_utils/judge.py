@@ -169,7 +169,7 @@ class Judge:
 
     def _archiving(self, server: Server) -> tuple[str, str, str]:
         receiver = self._facts.storage.receiver if self._facts.storage is not None else None
-        log = "on the primary: grep -a pitr-wal the server's log | tail"
+        log = "on the primary: the end of the server's log, lines of pitr-wal (site.yml: pitr_log_file)"
         if server.archive_mode == "off" or not server.has_command:
             why = "archive_mode is off" if server.archive_mode == "off" else "archive_command is empty"
             if receiver is not None and self._receives(receiver):

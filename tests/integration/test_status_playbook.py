@@ -52,6 +52,16 @@ def test_site_is_watched_shown_and_no_longer_watched(fresh: Site) -> None:
     # The table comes first.
     assert shown.index("worst finding") < shown.index("drill: no drill is known") < shown.index("recovery_windows")
     assert not any(_changed(shown).values())
+    # Another cluster of the inventory is in the same table, even when nothing is to be had of it.
+    another = fresh.directory / "another.yml"
+    another.write_text("{pitr_repository: {hosts: {another: {pitr_cluster: another}}}}", encoding="utf-8")
+    shown = fresh.fail("status", "-i", str(another), **watched)
+    lines = shown[shown.index("worst finding") :].partition("TASK [")[0].splitlines()
+    assert [line.split()[0].strip("\"'-") for line in lines if "CRITICAL" in line or "WARNING" in line] == [
+        "another",
+        "main",
+    ], shown
+    assert "repository: " in shown and "has no cluster 'another'" in shown
     fresh.succeed("drill", drill_scenarios=["latest"], **watched)
     # The restored primary is watched like the one before. Its archive_command failed on purpose until it was accepted.
     _code, levels = asked()
