@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from ansible_collections.pgdrill.pitr.tests.integration.test_playbooks import Site, _changed
 
 # What the machine of the tests has of room is not the matter.
@@ -53,14 +55,13 @@ def test_site_is_watched_shown_and_no_longer_watched(fresh: Site) -> None:
     assert shown.index("worst finding") < shown.index("drill: no drill is known") < shown.index("recovery_windows")
     assert not any(_changed(shown).values())
     # Another cluster of the inventory is in the same table, even when nothing is to be had of it.
-    another = fresh.directory / "another.yml"
-    another.write_text("{pitr_repository: {hosts: {another: {pitr_cluster: another}}}}", encoding="utf-8")
-    shown = fresh.fail("status", "-i", str(another), **watched)
-    lines = shown[shown.index("worst finding") :].partition("TASK [")[0].splitlines()
-    assert [line.split()[0].strip("\"'-") for line in lines if "CRITICAL" in line or "WARNING" in line] == [
-        "another",
-        "main",
-    ], shown
+    machine = yaml.safe_load((fresh.directory / "sandbox.yml").read_text(encoding="utf-8"))
+    variables = {"pitr_cluster": "another", "sandbox": machine, "ansible_python_interpreter": sys.executable}
+    inventory = fresh.directory / "another.yml"
+    inventory.write_text(json.dumps({"pitr_repository": {"hosts": {"another": variables}}}), encoding="utf-8")
+    shown = fresh.fail("status", "-i", str(inventory), **watched)
+    rows = shown[shown.index("worst finding") :].partition("TASK [")[0].splitlines()[1:]
+    assert [row.split()[:2] for row in rows if row.strip()] == [["another", "CRITICAL"], ["main", "WARNING"]], shown
     assert "repository: " in shown and "has no cluster 'another'" in shown
     fresh.succeed("drill", drill_scenarios=["latest"], **watched)
     # The restored primary is watched like the one before. Its archive_command failed on purpose until it was accepted.
