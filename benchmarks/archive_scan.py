@@ -32,6 +32,7 @@ MIB = 1024 * 1024
 SYSTEM = "7300000000000000001"
 # A file has at most 65000 names on ext4.
 LINKS = 60000
+STATUS = ("status", "status, the second time")
 
 
 def make(repository: Path, segments: int, size: int) -> None:
@@ -93,16 +94,24 @@ def ask(question: str, repository: str) -> dict[str, object]:
     from module_utils.expire import Expiry
     from module_utils.index import scan
     from module_utils.info import archive_info
+    from module_utils.look import Look
     from module_utils.repository import ClusterFolder
     from module_utils.retention import Policy
+    from module_utils.seen import Seen
 
-    before = time.perf_counter()
     folder = ClusterFolder.open(repository, "main")
+    seen = Seen()
+    if question == "status, the second time":
+        Look(folder, seen, time.time()).storage(2)
+    before = time.perf_counter()
     if question == "scan":
         answer = f"{scan(folder).segments} segments"
     elif question == "expire":
         result = Expiry(folder, Policy.from_options(3, "2 days")).run(check=True)
         answer = f"{len(result['expired_backups'])} backups, {result['expired_segments']['count']} segments would go"
+    elif question.startswith("status"):
+        storage = Look(folder, seen, time.time()).storage(2)
+        answer = f"{storage.archive.segments} segments, {storage.room.stored} bytes, {len(storage.restorable)} backups"
     else:
         info = archive_info(folder, sizes=question == "archive_info")
         answer = f"{info['segments']} segments, {info['missing_segments']} missing, {info['stored_bytes']} bytes"
@@ -138,7 +147,7 @@ def main() -> int:
         print(
             f"made in {time.perf_counter() - started:.1f} s: {options.segments} segments of {options.segment_size} MiB"
         )
-        for question in ("scan", "archive_info without sizes", "archive_info", "expire"):
+        for question in ("scan", "archive_info without sizes", "archive_info", "expire", *STATUS):
             argv = [sys.executable, __file__, "--ask", question, str(place / "repository")]
             said = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True, text=True).stdout
             cost = json.loads(said)

@@ -171,7 +171,7 @@ def backup_info(folder: ClusterFolder, chapter: Chapter | None = None) -> dict[s
     index = scan(folder, chapter)
     numbers = {each.system_identifier: each.number for each in folder.chapters}
     windows = [
-        _window(backup, index, damaged.get(backup.label, ""))
+        window(backup, index, damaged.get(backup.label, ""))
         for backup in backups
         if backup.system_identifier == chapter.system_identifier
     ]
@@ -182,7 +182,7 @@ def backup_info(folder: ClusterFolder, chapter: Chapter | None = None) -> dict[s
     return {"backups": told, "recovery_windows": windows}
 
 
-def _window(backup: Backup, index: ArchiveIndex, damage: str) -> dict[str, Any]:
+def window(backup: Backup, index: ArchiveIndex, damage: str) -> dict[str, Any]:
     """The window of one backup along the newest timeline that it leads to."""
     tree = index.tree
     leads_to = [

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The command ``pitr`` of a repository host: base backups, verification and retention by a timer, without Ansible.
+"""The command ``pitr`` of a repository host: backups, verification, retention and status by a timer, without Ansible.
 
 It is this package beside ``pitr-wal``, with psycopg2 from the distribution, and does what the modules of the same names
 do. Two runs at once do no harm: backups have a lock each, and a second expire says so and ends.
@@ -16,6 +16,8 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from . import status
+from .activity import add_verified
 from .backup import BaseBackup, stored_backups
 from .errors import PitrError
 from .expire import Expiry
@@ -26,7 +28,7 @@ from .repository import ClusterFolder, check_cluster_name, require_directory
 from .retention import Policy
 from .verify import Verification, as_result, choose
 
-USAGE = "usage: pitr backup CLUSTER | pitr verify CLUSTER [all|latest|LABEL] | pitr expire CLUSTER"
+USAGE = "usage: pitr backup CLUSTER | verify CLUSTER [all|latest|LABEL] | expire CLUSTER | status [CLUSTER …]"
 FAILED, WRONG_USE = 1, 2
 
 
@@ -113,7 +115,9 @@ def verify(settings: Settings, cluster: str, choice: str) -> str:
     backups = [b for b in stored_backups(folder) if b.system_identifier == chapter.system_identifier]
     work = Verification(folder, chapter, backups, scan(folder, chapter), settings.bin_dir, settings.verify_level)
     chosen = choose(backups, choice or settings.backup_to_verify)
-    damaged = as_result([work.verify(backup) for backup in chosen])["damaged"]
+    result = as_result([work.verify(backup) for backup in chosen])
+    add_verified(folder, result["verified"])
+    damaged = result["damaged"]
     if damaged:
         raise PitrError(
             "\n".join([f"{item['path']}: {item['problem']}" for item in damaged] + ["Nothing was changed."])
@@ -136,7 +140,9 @@ def expire(settings: Settings, cluster: str) -> str:
 
 def main(argv: list[str]) -> int:
     """Run one command; ``argv`` is the installation's folder and then what was asked. Returns the exit code: 0 done, 1
-    failed or damage found, 2 wrong use."""
+    failed or damage found, 2 wrong use; of ``status`` see there."""
+    if argv[1:2] == ["status"]:
+        return status.main(argv[0], argv[2:])
     if len(argv) not in (3, 4) or argv[1] not in ("backup", "verify", "expire") or (argv[3:] and argv[1] != "verify"):
         sys.stderr.write(USAGE + "\n")
         return WRONG_USE

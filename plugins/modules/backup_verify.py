@@ -113,6 +113,7 @@ finished_at:
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.pgdrill.pitr.plugins.module_utils.activity import add_verified
 from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import stored_backups
 from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
@@ -139,6 +140,8 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     backups = [b for b in stored_backups(folder) if b.system_identifier == chapter.system_identifier]
     work = Verification(folder, chapter, backups, scan(folder, chapter), params["bin_dir"], params["level"])
     result = as_result([work.verify(backup) for backup in choose(backups, params["backup"])], module._diff)
+    if not module.check_mode:
+        add_verified(folder, result["verified"])
     if result["damaged"] and params["fail_on_damage"]:
         names = ", ".join(f"{item['path']}: {item['problem']}" for item in result["damaged"][:5])
         more = f" and {len(result['damaged']) - 5} more" if len(result["damaged"]) > 5 else ""

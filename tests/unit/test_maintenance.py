@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance import Settings, read_settings
-from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_install import install
+from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_install import install, remove_monitoring
+from ansible_collections.pgdrill.pitr.plugins.module_utils.status import Settings as StatusSettings
+from ansible_collections.pgdrill.pitr.tests.unit.support import interpreters, make_repository
 
 CLUSTER = "main"
 
@@ -83,3 +86,53 @@ def test_password_with_a_line_break_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PitrError, match="line break"):
         install(str(tmp_path / "there"), CLUSTER, settings(tmp_path), "a\nb", sys.executable)
     assert not (tmp_path / "there").exists()
+
+
+# --- pitr-status
+
+
+def watched(tmp_path: Path, **limits: list[str]) -> StatusSettings:
+    return StatusSettings(str(tmp_path / "repository"), login_host=str(tmp_path / "nowhere"), limits=dict(limits))
+
+
+@pytest.mark.parametrize("python", interpreters())
+def test_status_runs_with_every_interpreter_and_tells_of_the_repository(tmp_path: Path, python: str) -> None:
+    make_repository(tmp_path / "repository")
+    install(str(tmp_path / "place"), CLUSTER, watched(tmp_path), "secret", python)
+    argv = [str(tmp_path / "place" / "pitr-status"), "--json"]
+    answer = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert answer.returncode == 2 and answer.stderr == "", answer
+    levels = {each["check"]: each["level"] for each in json.loads(answer.stdout)["clusters"][0]["findings"]}
+    # No server is there, and perhaps not even psycopg2: both are findings.
+    assert levels["primary"] == "CRITICAL" and levels["repository"] == levels["gaps"] == "OK"
+
+
+def test_both_commands_share_their_code_and_the_password(tmp_path: Path, installed: Path) -> None:
+    written = install(str(installed), CLUSTER, watched(tmp_path), r"pass:wo\rd", sys.executable)
+    assert written == [str(installed / "monitoring" / "main.json")]
+    assert install(str(installed), CLUSTER, settings(tmp_path), r"pass:wo\rd", sys.executable) == []
+
+
+def test_limit_that_cannot_be_is_refused_before_anything_is_installed(tmp_path: Path) -> None:
+    with pytest.raises(PitrError, match="backup_age"):
+        install(str(tmp_path / "there"), CLUSTER, watched(tmp_path, backup_age=["1", "2"]), "x", sys.executable)
+    assert not (tmp_path / "there").exists()
+
+
+def test_password_goes_with_monitoring_unless_backups_need_it(tmp_path: Path, installed: Path) -> None:
+    install(str(installed), CLUSTER, watched(tmp_path), r"pass:wo\rd", sys.executable)
+    assert remove_monitoring(str(installed), CLUSTER, check=True) == [str(installed / "monitoring" / "main.json")]
+    assert (installed / "monitoring" / "main.json").exists()
+    remove_monitoring(str(installed), CLUSTER)
+    assert (installed / "maintenance" / "main.pgpass").exists()
+    alone = tmp_path / "alone"
+    install(str(alone), CLUSTER, watched(tmp_path), "x", sys.executable)
+    remove_monitoring(str(alone), CLUSTER)
+    assert not (alone / "maintenance" / "main.pgpass").exists() and remove_monitoring(str(alone), CLUSTER) == []
+
+
+def test_status_looks_at_what_the_command_pitr_knows(installed: Path) -> None:
+    answer = subprocess.run([str(installed / "pitr-status"), "--nagios"], capture_output=True, text=True, check=False)
+    assert answer.returncode == 2 and answer.stdout.startswith("PITR CRITICAL - main primary: ")
+    answer = run(installed, "status", "other")
+    assert answer.returncode == 3 and "monitoring/other.json" in answer.stdout
