@@ -1,7 +1,7 @@
 # Copyright (c) 2026, pgdrill.pitr contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Checks that what is written twice says the same: roles' argument specs and defaults, lists of modules and variables."""
+"""Checks that what is written twice says the same: roles' argument specs and defaults, modules and lists of them."""
 
 from __future__ import annotations
 

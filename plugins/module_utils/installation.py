@@ -135,7 +135,7 @@ def detect(
 
 
 def missing(user: str, bin_dir: str) -> list[str]:
-    """What a host has not got yet, in words: this user (when one is named), and PostgreSQL's programs in ``bin_dir``."""
+    """What a host has not got yet, in words: this user (when one is named), PostgreSQL's programs in ``bin_dir``."""
     found = []
     try:
         if user:

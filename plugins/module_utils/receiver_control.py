@@ -94,7 +94,11 @@ class Control:
     # --- changing
 
     def configure(self, check: bool) -> tuple[bool, str, str]:
-        """Write settings and passfile. Returns (changed, before, after) of the settings; passwords are never shown."""
+        """Write settings and passfile. Returns (changed, before, after) of the settings; passwords are never shown.
+
+        A receiver that runs needs a restart for other settings only: the passfile is read for each connection. Raises
+        PitrError when the server does not take a new password; the receiver then goes on with its open connection.
+        """
         request = self._request
         wanted = Settings(**{**request.settings.to_dict(), "passfile": self._passfile if request.password else ""})  # type: ignore[arg-type]
         text = json.dumps(wanted.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -109,6 +113,9 @@ class Control:
             else:
                 _remove(self._passfile)
             write_atomic(self._settings_path, text.encode())
+            if text == before:
+                # The connection that is open would not tell.
+                Primary(wanted).identify()
         return changed, before, text
 
     def ensure_running(self, reconfigured: bool, check: bool) -> bool:
