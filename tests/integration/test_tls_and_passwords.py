@@ -79,7 +79,6 @@ def test_certificates_come_and_are_exchanged_without_an_outage(fresh: Site, tmp_
         "primary_ssl_key_file": str(key),
         "pitr_sslrootcert": str(authority.certificate),
     }
-    assert "only one is given" in fresh.fail("site", **{**tls, "primary_ssl_key_file": ""})
     fresh.succeed("site", **tls)
     assert fresh.identity == server and served(fresh) == content(certificate)
     rules = "SELECT DISTINCT type FROM pg_hba_file_rules WHERE 'pitr_backup' = ANY (user_name)"
@@ -113,6 +112,7 @@ def test_certificates_come_and_are_exchanged_without_an_outage(fresh: Site, tmp_
 
 
 def test_password_is_exchanged_while_receiver_and_backup_go_on_and_is_in_no_log(fresh: Site) -> None:
+    assert "only one is given" in fresh.fail("site", **ROLES, primary_ssl_cert_file="server.crt")
     new = "an other: pass\\word"
     old = Login(host="127.0.0.1", port=fresh.port, user="pitr_backup", password="not a secret")
     old.connect().close()
