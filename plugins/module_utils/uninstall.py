@@ -21,8 +21,10 @@ from .repository import check_cluster_name
 from .tree import fsync_directory
 from .upstream import settings_path as receiver_path
 
-# Of each command: its program below lib/.
-PROGRAMS = {COMMAND: "__main__.py", "pitr": "pitr.py"}
+# Of each command: its program below lib/, and its launchers.
+PROGRAMS = {COMMAND: ("__main__.py", (COMMAND,)), "pitr": ("pitr.py", ("pitr", "pitr-status"))}
+# What may be told to `pitr` lies in several directories; the password is shared.
+WATCHED = "monitoring"
 
 
 def uninstall(directory: str, cluster: str, command: str, check: bool = False) -> list[str]:
@@ -44,28 +46,28 @@ def uninstall(directory: str, cluster: str, command: str, check: bool = False) -
         files = [own, receiver.replace(".json", ".log")]
     else:
         own = maintenance_path(directory, cluster)
-        files = [own, passfile_path(directory, cluster)]
+        watched = os.path.exists(os.path.join(directory, WATCHED, f"{cluster}.json"))
+        files = [own] if watched else [own, passfile_path(directory, cluster)]
     gone = [path for path in files if os.path.lexists(path)]
     others = _names(os.path.dirname(own), ".json") - {os.path.basename(own)}
+    if command != COMMAND:
+        others |= _names(os.path.join(directory, WATCHED), ".json")
     if not others:
-        launcher = os.path.join(directory, command)
         library = os.path.join(directory, "lib")
-        gone += [path for path in (launcher, os.path.join(library, PROGRAMS[command])) if os.path.lexists(path)]
+        program, launchers = PROGRAMS[command]
+        paths = [os.path.join(library, program), *(os.path.join(directory, name) for name in launchers)]
+        gone += [path for path in paths if os.path.lexists(path)]
         # Each command lies beside this one and uses the same package.
-        if not any(os.access(os.path.join(directory, name), os.X_OK) for name in _names(directory) - {command, "lib"}):
+        if not any(os.access(os.path.join(directory, name), os.X_OK) for name in _names(directory) - set(launchers)):
             cached = [os.path.join(library, name) for name in (PACKAGE, "__pycache__")]
             gone += [path for path in cached if os.path.lexists(path)]
     if gone and not check:
         for path in gone:
             _remove(path)
-        for path in (
-            os.path.dirname(receiver),
-            os.path.dirname(maintenance_path(directory, cluster)),
-            f"{directory}/lib",
-        ):
+        for name in ("receiver", "maintenance", WATCHED, "lib"):
             # Somebody else's files may lie there.
             with contextlib.suppress(OSError):
-                os.rmdir(path)
+                os.rmdir(os.path.join(directory, name))
         fsync_directory(directory)
     return gone
 

@@ -77,3 +77,12 @@ def test_command_of_a_receiver_that_is_configured_stays(tmp_path: Path) -> None:
     with pytest.raises(PitrError, match="The receiver of the cluster"):
         uninstall(str(tmp_path), CLUSTER, COMMAND)
     assert tree(tmp_path) == before
+
+
+def test_password_and_program_stay_while_monitoring_uses_them(tmp_path: Path) -> None:
+    put(tmp_path, PITR)
+    (tmp_path / "monitoring").mkdir()
+    (tmp_path / "monitoring" / f"{CLUSTER}.json").write_text("{}")
+    before = tree(tmp_path)
+    uninstall(str(tmp_path), CLUSTER, PITR)
+    assert set(before) - set(tree(tmp_path)) == {f"maintenance/{CLUSTER}.json"}
