@@ -2400,8 +2400,8 @@ MUTATIONS = (
     _mutation(
         "a key may be read by everybody",
         "certificates",
-        "    if status.st_uid not in (os.geteuid(), 0)",
-        "    if False and status.st_uid not in (os.geteuid(), 0)",
+        "    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (0o077 if status.st_uid else 0o027):\n",
+        "    if False:\n",
         "tests/unit/test_certificates.py::test_key_that_others_may_read_is_refused",
     ),
     _mutation(
