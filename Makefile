@@ -54,11 +54,12 @@ sanity: ## ansible-test sanity, all of it
 typecheck: ## mypy --strict
 	@$(SANDBOX) typecheck
 
-check-specs: ## argument specs against defaults, module lists against modules
+check-specs: ## argument specs against defaults, lists of modules and variables against both
 	@$(IN_VENV) python tools/check_specs.py
 
-docs: ## write docs/modules.md anew
+docs: ## write docs/modules.md and docs/variables.md anew
 	@$(IN_VENV) python tools/module_index.py
+	@$(IN_VENV) python tools/variable_index.py
 
 build: ## the collection's archive
 	@$(IN_VENV) ansible-galaxy collection build --force

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, pgdrill.pitr contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Checks that what is written twice says the same: roles' argument specs and defaults, and the lists of modules."""
+"""Checks that what is written twice says the same: roles' argument specs and defaults, modules and lists of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import variable_index
 import yaml
 from module_index import CHECKOUT, INDEX, module_names, render
 
@@ -83,9 +84,16 @@ def module_problems(checkout: Path) -> Iterator[str]:
         yield f"{INDEX.relative_to(CHECKOUT)} is not what the modules say: run `make docs`"
 
 
+def variable_problems(checkout: Path) -> Iterator[str]:
+    """docs/variables.md, when the roles say something else."""
+    page = checkout / variable_index.INDEX.relative_to(CHECKOUT)
+    if not page.is_file() or page.read_text(encoding="utf-8") != variable_index.render(checkout):
+        yield f"{variable_index.INDEX.relative_to(CHECKOUT)} is not what the roles say: run `make docs`"
+
+
 def problems(checkout: Path) -> list[str]:
     """Everything that is wrong, one line each."""
-    found = list(module_problems(checkout))
+    found = [*module_problems(checkout), *variable_problems(checkout)]
     roles = checkout / "roles"
     for role in sorted(path.name for path in roles.iterdir() if path.is_dir()):
         found += role_problems(roles, role)
@@ -94,5 +102,5 @@ def problems(checkout: Path) -> list[str]:
 
 if __name__ == "__main__":
     wrong = problems(CHECKOUT)
-    print("\n".join(wrong) if wrong else "argument specs, defaults and lists of modules agree")
+    print("\n".join(wrong) if wrong else "argument specs, defaults, lists of modules and of variables agree")
     sys.exit(1 if wrong else 0)

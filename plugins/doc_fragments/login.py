@@ -43,6 +43,18 @@ options:
       - Database to connect to.
     type: str
     default: postgres
+  ssl_mode:
+    description:
+      - Whether the connection is encrypted, and the server's certificate verified; sslmode of libpq.
+    type: str
+    choices: [disable, allow, prefer, require, verify-ca, verify-full]
+    default: prefer
+  ca_cert:
+    description:
+      - File with the certificates of the authorities that O(ssl_mode=verify-ca) and O(ssl_mode=verify-full) trust;
+        sslrootcert of libpq.
+    type: path
+    default: ''
 requirements:
   - psycopg2 on the host that runs the module
 """

@@ -25,6 +25,12 @@ def login_argument_spec() -> dict[str, dict[str, Any]]:
         "login_password": {"type": "str", "default": "", "no_log": True},
         "login_unix_socket": {"type": "str", "default": ""},
         "login_db": {"type": "str", "default": "postgres"},
+        "ssl_mode": {
+            "type": "str",
+            "choices": ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"],
+            "default": "prefer",
+        },
+        "ca_cert": {"type": "path", "default": ""},
     }
 
 

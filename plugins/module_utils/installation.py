@@ -11,6 +11,7 @@ that of PGDG's packages on EL. Which one a host has is told by its programs, not
 from __future__ import annotations
 
 import os
+import pwd
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -131,6 +132,19 @@ def detect(
     if candidates:
         return candidates[0]
     return debian(major, name or "main", root) if layout == DEBIAN else pgdg_el(major, root)
+
+
+def missing(user: str, bin_dir: str) -> list[str]:
+    """What a host has not got yet, in words: this user (when one is named), PostgreSQL's programs in ``bin_dir``."""
+    found = []
+    try:
+        if user:
+            pwd.getpwnam(user)
+    except KeyError:
+        found.append(f"the user {user}")
+    if not (bin_dir and os.path.exists(os.path.join(bin_dir, "postgres"))):
+        found.append("the programs of PostgreSQL")
+    return found
 
 
 def _clusters(layout: str, version: int, root: str) -> list[Installation]:

@@ -20,13 +20,15 @@ from .serverlog import tail as log_tail
 
 @dataclass(frozen=True)
 class Status:
-    """``port`` as the running server has written it down, else 0."""
+    """``port`` as the running server has written it down, else 0. ``data_checksums``: whether pages have checksums,
+    None where there is no cluster."""
 
     exists: bool
     running: bool
     pid: int
     port: int
     system_identifier: str
+    data_checksums: bool | None = None
 
 
 class Instance:
@@ -48,10 +50,11 @@ class Instance:
             with open(os.path.join(self._pgdata, "postmaster.pid"), encoding="utf-8", errors="replace") as stream:
                 lines = stream.read().splitlines()
             port = int(lines[3]) if len(lines) > 3 and lines[3].isdigit() else 0
-        identifier = ""
+        identifier, checksums = "", None
         if exists and os.path.exists(os.path.join(self._pgdata, "global", "pg_control")):
-            identifier = control_data(self._bin_dir, self._pgdata).system_identifier
-        return Status(exists, bool(pid), pid, port, identifier)
+            control = control_data(self._bin_dir, self._pgdata)
+            identifier, checksums = control.system_identifier, control.data_checksums
+        return Status(exists, bool(pid), pid, port, identifier, checksums)
 
     def initialize(self, options: Sequence[str]) -> None:
         """Run initdb. Raises PitrError when it fails; initdb then removes what it made."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -30,6 +31,8 @@ from .verify import Verification, as_result, choose
 
 USAGE = "usage: pitr backup CLUSTER | verify CLUSTER [all|latest|LABEL] | expire CLUSTER | status [CLUSTER …]"
 FAILED, WRONG_USE = 1, 2
+# Seconds that a backup waits for the server to let it in, and between two tries.
+PATIENCE, PAUSE = 60.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Settings:
     login_host: str
     login_port: int = 5432
     login_user: str = "pitr_backup"
+    ssl_mode: str = ""
+    ca_cert: str = ""
     type: str = "full"
     full_every: str = ""
     max_chain: int = 0
@@ -89,11 +94,32 @@ def read_settings(directory: str, cluster: str) -> Settings:
         ) from None
 
 
+def wait_for(login: Login, patience: float = PATIENCE) -> None:
+    """Until the server lets us in. For so many seconds a refusal may be one that passes: the server is restarted, or
+    its password has changed and the file here is about to. Raises the last PitrError."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            login.connect().close()
+            return
+        except PitrError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(PAUSE)
+
+
 def take_backup(settings: Settings, cluster: str) -> str:
     """Take a base backup. Returns what to say of it. Raises PitrError."""
     require_directory(settings.repository)
     folder = ClusterFolder.open(settings.repository, cluster, {"identity": settings.identity})
-    login = Login(host=settings.login_host, port=settings.login_port, user=settings.login_user)
+    login = Login(
+        host=settings.login_host,
+        port=settings.login_port,
+        user=settings.login_user,
+        ssl_mode=settings.ssl_mode,
+        ca_cert=settings.ca_cert,
+    )
+    wait_for(login)
     backup = BaseBackup(
         folder,
         login,

@@ -42,6 +42,9 @@ class Login:
     password: str = ""
     unix_socket: str = ""
     db: str = "postgres"
+    # libpq's sslmode and sslrootcert.
+    ssl_mode: str = ""
+    ca_cert: str = ""
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> Login:
@@ -53,6 +56,8 @@ class Login:
             password=params.get("login_password") or "",
             unix_socket=params.get("login_unix_socket") or "",
             db=params.get("login_db") or "postgres",
+            ssl_mode=params.get("ssl_mode") or "",
+            ca_cert=params.get("ca_cert") or "",
         )
 
     def __str__(self) -> str:
@@ -79,6 +84,10 @@ class Login:
             parameters["host"] = self.host or self.unix_socket
         if self.password:
             parameters["password"] = self.password
+        if self.ssl_mode:
+            parameters["sslmode"] = self.ssl_mode
+        if self.ca_cert:
+            parameters["sslrootcert"] = self.ca_cert
         if replication:
             parameters["connection_factory"] = psycopg2.extras.PhysicalReplicationConnection
         try:
@@ -103,6 +112,10 @@ class Login:
         environment.update(LC_ALL="C", PGPORT=str(self.port), PGUSER=self.user, PGDATABASE=self.db)
         if self.host or self.unix_socket:
             environment["PGHOST"] = self.host or self.unix_socket
+        if self.ssl_mode:
+            environment["PGSSLMODE"] = self.ssl_mode
+        if self.ca_cert:
+            environment["PGSSLROOTCERT"] = self.ca_cert
         if not self.password:
             yield environment
             return
@@ -212,6 +225,11 @@ class ControlData:
     @property
     def timeline(self) -> int:
         return int(self.text("Latest checkpoint's TimeLineID"))
+
+    @property
+    def data_checksums(self) -> bool:
+        """Whether the cluster's pages have checksums."""
+        return self.text("Data page checksum version") != "0"
 
     @property
     def wal_segment_size(self) -> int:

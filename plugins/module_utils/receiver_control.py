@@ -94,7 +94,11 @@ class Control:
     # --- changing
 
     def configure(self, check: bool) -> tuple[bool, str, str]:
-        """Write settings and passfile. Returns (changed, before, after) of the settings; passwords are never shown."""
+        """Write settings and passfile. Returns (changed, before, after) of the settings; passwords are never shown.
+
+        A receiver that runs needs a restart for other settings only: the passfile is read for each connection. Raises
+        PitrError when the server does not take a new password; the old one then stays.
+        """
         request = self._request
         wanted = Settings(**{**request.settings.to_dict(), "passfile": self._passfile if request.password else ""})  # type: ignore[arg-type]
         text = json.dumps(wanted.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -104,12 +108,25 @@ class Control:
         changed = text != before or secret != old_secret
         if changed and not check:
             os.makedirs(os.path.dirname(self._settings_path), mode=0o700, exist_ok=True)
+            if secret and old_secret and text == before:
+                self._try_password(wanted, secret)
             if secret:
                 write_atomic(self._passfile, secret.encode())
             else:
                 _remove(self._passfile)
             write_atomic(self._settings_path, text.encode())
         return changed, before, text
+
+    def _try_password(self, settings: Settings, secret: str) -> None:
+        """A connection that is open does not tell whether the next one will be let in."""
+        path = f"{self._passfile}.new"
+        write_atomic(path, secret.encode())
+        try:
+            Primary(Settings(**{**settings.to_dict(), "passfile": path})).identify()  # type: ignore[arg-type]
+        except PitrError as error:
+            raise PitrError(f"{error.message} The receiver's password was not changed.") from None
+        finally:
+            _remove(path)
 
     def ensure_running(self, reconfigured: bool, check: bool) -> bool:
         """Run it with the settings that are there now, and wait until it receives. Returns whether that is a change."""

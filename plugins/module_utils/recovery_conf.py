@@ -25,6 +25,8 @@ from .repository import write_atomic
 from .tree import fsync_directory
 
 INCLUDE_DIR = "conf.d"
+# The line that we add where postgresql.conf does not read that directory, and the only one that we take away.
+INCLUDE_LINE = f"include_dir = '{INCLUDE_DIR}'    # added by pgdrill.pitr\n"
 FILE = "99-pitr-recovery.conf"
 _SAVED = "# pitr-saved: "
 _PLAN = "# pitr-plan: "
@@ -56,8 +58,20 @@ def ensure_include_dir(config_dir: str) -> bool:
         text = stream.read()
     if text and not text.endswith(b"\n"):
         text += b"\n"
-    write_atomic(path, text + f"include_dir = '{INCLUDE_DIR}'\n".encode(), os.stat(path).st_mode & 0o777)
+    write_atomic(path, text + INCLUDE_LINE.encode(), os.stat(path).st_mode & 0o777)
     return True
+
+
+def drop_include_dir(config_dir: str) -> None:
+    """When conf.d is empty, take away what :func:`ensure_include_dir` has added."""
+    path = os.path.join(config_dir, "postgresql.conf")
+    with open(path, "rb") as stream:
+        text = stream.read()
+    line = INCLUDE_LINE.encode()
+    if os.listdir(os.path.join(config_dir, INCLUDE_DIR)) or line not in text:
+        return
+    write_atomic(path, text.replace(line, b""), os.stat(path).st_mode & 0o777)
+    os.rmdir(os.path.join(config_dir, INCLUDE_DIR))
 
 
 def write(config_dir: str, pgdata: str, settings: Mapping[str, str], plan: Mapping[str, Any]) -> None:

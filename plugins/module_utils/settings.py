@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import PitrError
 from .postgres import Login, conf_literal, query
-from .recovery_conf import INCLUDE_DIR, ensure_include_dir, has_include_dir
+from .recovery_conf import INCLUDE_DIR, drop_include_dir, ensure_include_dir, has_include_dir
 from .repository import write_atomic
 
 
@@ -39,6 +39,26 @@ def write(config_dir: str, file: str, text: str, check: bool) -> tuple[bool, str
         ensure_include_dir(config_dir)
         write_atomic(path, text.encode())
     return changed, old
+
+
+def remove(config_dir: str, file: str, check: bool) -> tuple[bool, str]:
+    """Remove the file, and with the last one what ``ensure_include_dir`` has added. Returns (changed, old text)."""
+    path = os.path.join(config_dir, INCLUDE_DIR, file)
+    try:
+        with open(path, encoding="utf-8") as stream:
+            old = stream.read()
+    except FileNotFoundError:
+        return False, ""
+    if not check:
+        os.unlink(path)
+        drop_include_dir(config_dir)
+    return True, old
+
+
+def loaded_at(login: Login) -> float:
+    """When the server has last read its files, seconds of the epoch."""
+    with contextlib.closing(login.connect()) as connection:
+        return float(query(connection, "SELECT extract(epoch FROM pg_conf_load_time())")[0][0])
 
 
 def apply(login: Login, reload: bool) -> list[str]:

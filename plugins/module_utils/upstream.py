@@ -33,7 +33,18 @@ class WrongServerError(PitrError):
 class Settings:
     """``<directory>/receiver/<cluster>.json``: how to reach the server, and as what."""
 
-    __slots__ = ("application_name", "bin_dir", "host", "passfile", "port", "slot", "synchronous", "user")
+    __slots__ = (
+        "application_name",
+        "bin_dir",
+        "host",
+        "passfile",
+        "port",
+        "slot",
+        "sslmode",
+        "sslrootcert",
+        "synchronous",
+        "user",
+    )
 
     def __init__(
         self,
@@ -45,6 +56,8 @@ class Settings:
         application_name: str,
         synchronous: bool = False,
         passfile: str = "",
+        sslmode: str = "",
+        sslrootcert: str = "",
     ) -> None:
         """``host``: one, or several with commas between them, of which the primary is taken.
 
@@ -60,6 +73,8 @@ class Settings:
         self.application_name = application_name
         self.synchronous = synchronous
         self.passfile = passfile
+        self.sslmode = sslmode
+        self.sslrootcert = sslrootcert
 
     def to_dict(self) -> dict[str, object]:
         """As stored."""
@@ -119,6 +134,8 @@ class Primary:
             "keepalives_interval": "5",
             "keepalives_count": "4",
             "passfile": settings.passfile,
+            "sslmode": settings.sslmode,
+            "sslrootcert": settings.sslrootcert,
             "target_session_attrs": "primary" if "," in settings.host else "any",
             **more,
         }

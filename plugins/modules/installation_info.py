@@ -49,6 +49,15 @@ options:
       - Name of the cluster in O(repository).
     type: str
     default: ''
+  user:
+    description:
+      - A user of the host who has to be there; RV(missing) tells when there is none.
+    type: str
+    default: ''
+  bin_dir:
+    description:
+      - Directory of PostgreSQL's programs, where it is none that packages use.
+    type: path
 author:
   - pgdrill.pitr contributors (@pgdrill)
 """
@@ -79,6 +88,12 @@ installation:
     service: postgresql@17-main
     log_file: /var/log/postgresql/postgresql-17-main.log
     exists: true
+missing:
+  description: What is not there of O(user) and PostgreSQL's programs, in words.
+  returned: success
+  type: list
+  elements: str
+  sample: [the user postgres, the programs of PostgreSQL]
 seconds:
   description: How long the module took.
   returned: success
@@ -101,7 +116,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import run_module
-from ansible_collections.pgdrill.pitr.plugins.module_utils.installation import detect
+from ansible_collections.pgdrill.pitr.plugins.module_utils.installation import detect, missing
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
@@ -110,6 +125,8 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "preferred_name": {"type": "str", "default": ""},
     "repository": {"type": "path"},
     "cluster": {"type": "str", "default": ""},
+    "user": {"type": "str", "default": ""},
+    "bin_dir": {"type": "path"},
 }
 
 
@@ -121,7 +138,12 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     if version is None and os.path.exists(os.path.join(repository, params["cluster"], "cluster.json")):
         version = ClusterFolder.open(repository, params["cluster"]).chapter.postgresql_version
     found = detect(version, params["name"], params["preferred_name"])
-    return {"changed": False, "installation": found.to_dict() if found else {}}
+    bin_dir = params["bin_dir"] or (found.bin_dir if found else "")
+    return {
+        "changed": False,
+        "installation": found.to_dict() if found else {},
+        "missing": missing(params["user"], bin_dir),
+    }
 
 
 def main() -> None:

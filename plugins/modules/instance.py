@@ -109,6 +109,11 @@ system_identifier:
   returned: success
   type: str
   sample: "7412345678901234567"
+data_checksums:
+  description: Whether its pages have checksums; null when there is no cluster.
+  returned: success
+  type: bool
+  sample: true
 seconds:
   description: How long the module took.
   returned: success

@@ -26,6 +26,13 @@ attributes:
   idempotent:
     support: full
 options:
+  state:
+    description:
+      - V(absent) removes its settings and password of this cluster, and the program when no other cluster
+        of the host uses it. Only the options that name it are needed then.
+    type: str
+    choices: [present, absent]
+    default: present
   directory:
     description:
       - Directory to install into, that of C(pitr-wal).
@@ -33,9 +40,8 @@ options:
     required: true
   login_host:
     description:
-      - Host name or address of the primary.
+      - Host name or address of the primary. Required with O(state=present).
     type: str
-    required: true
   login_port:
     description:
       - Port of the primary.
@@ -43,13 +49,24 @@ options:
     default: 5432
   login_user:
     description:
-      - Role that takes base backups.
+      - Role that takes base backups. Required with O(state=present).
     type: str
-    required: true
   login_password:
     description:
       - Password of the role.
     type: str
+    default: ''
+  ssl_mode:
+    description:
+      - Whether the connection is encrypted, and the server's certificate verified; sslmode of libpq.
+    type: str
+    choices: [disable, allow, prefer, require, verify-ca, verify-full]
+    default: prefer
+  ca_cert:
+    description:
+      - File with the certificates of the authorities that O(ssl_mode=verify-ca) and O(ssl_mode=verify-full) trust;
+        sslrootcert of libpq.
+    type: path
     default: ''
   type:
     description:
@@ -142,14 +159,20 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+removed:
+  description: What was removed, or would be in check mode.
+  returned: with O(state=absent)
+  type: list
+  elements: str
+  sample: [/usr/local/lib/pgdrill/maintenance/main.json]
 command:
   description: Path of the command.
-  returned: success
+  returned: with O(state=present)
   type: str
   sample: /usr/local/lib/pgdrill/pitr
 written:
   description: Files that were written, or would be in check mode.
-  returned: success
+  returned: with O(state=present)
   type: list
   elements: str
   sample: ["/usr/local/lib/pgdrill/pitr"]
@@ -177,15 +200,23 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
 from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance import Settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_install import COMMAND, install
+from ansible_collections.pgdrill.pitr.plugins.module_utils.uninstall import uninstall
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **repository_argument_spec(),
     "bin_dir": {"type": "path", "required": True},
+    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
     "directory": {"type": "path", "required": True},
-    "login_host": {"type": "str", "required": True},
+    "login_host": {"type": "str"},
     "login_port": {"type": "int", "default": 5432},
-    "login_user": {"type": "str", "required": True},
+    "login_user": {"type": "str"},
     "login_password": {"type": "str", "default": "", "no_log": True},
+    "ssl_mode": {
+        "type": "str",
+        "choices": ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"],
+        "default": "prefer",
+    },
+    "ca_cert": {"type": "path", "default": ""},
     "type": {"type": "str", "choices": ["full", "incremental", "auto"], "default": "full"},
     "full_every": {"type": "str", "default": "7 days"},
     "max_chain": {"type": "int", "default": 24},
@@ -204,9 +235,15 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:
-    """Install."""
+    """Install, or take away."""
     params = module.params
     directory = params["directory"]
+    if params["state"] == "absent":
+        removed = uninstall(directory, params["cluster"], COMMAND, module.check_mode)
+        gone: dict[str, Any] = {"changed": bool(removed), "removed": removed}
+        if module._diff:
+            gone["diff"] = {"before": "".join(f"{path}\n" for path in removed), "after": ""}
+        return gone
     written = install(
         directory,
         params["cluster"],
@@ -223,7 +260,12 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point."""
-    run_module(AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True), run)
+    module = AnsibleModule(
+        argument_spec=ARGUMENT_SPEC,
+        required_if=[("state", "present", ("login_host", "login_user"))],
+        supports_check_mode=True,
+    )
+    run_module(module, run)
 
 
 if __name__ == "__main__":

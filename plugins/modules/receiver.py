@@ -118,6 +118,11 @@ status:
     state: streaming
     synchronous: true
     timeline: 1
+restart_needed:
+  description: Whether one that runs has to be started anew for its settings. A new password does not need it.
+  returned: with O(state=present) and O(state=started)
+  type: bool
+  sample: false
 slot:
   description: Name of the replication slot.
   returned: success
@@ -185,6 +190,8 @@ def request(params: dict[str, Any]) -> Request:
         slot=slot,
         application_name=params["application_name"] or slot,
         synchronous=params["synchronous"],
+        sslmode=params["ssl_mode"],
+        sslrootcert=params["ca_cert"],
     )
     return Request(
         repository=params["repository"],
@@ -207,10 +214,12 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     result: dict[str, Any] = {"changed": False, **names}
     if state in ("present", "started"):
         result["changed"], before, after = control.configure(module.check_mode)
+        result["restart_needed"] = before != after
         if module._diff:
             result["diff"] = {"before": before, "after": after}
     if state == "started":
-        result["changed"] = control.ensure_running(result["changed"], module.check_mode)
+        restarted = control.ensure_running(result["restart_needed"], module.check_mode)
+        result["changed"] = result["changed"] or restarted
     elif state == "streaming":
         control.wait(end_refused=False)
     elif state in ("stopped", "absent"):

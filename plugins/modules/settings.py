@@ -41,9 +41,17 @@ options:
     default: 50-pitr.conf
   settings:
     description:
-      - Settings by name. Booleans become C(on) and C(off).
+      - Settings by name. Booleans become C(on) and C(off). Required with O(state=present).
+      - Certificates that they name (C(ssl_cert_file), C(ssl_key_file), C(ssl_ca_file)) are tried before, as the user
+        that runs the module. A running server is let read them again when the files are newer than what it has read.
     type: dict
-    required: true
+  state:
+    description:
+      - V(absent) removes the file, and, when it was the last one below C(conf.d), the line of postgresql.conf that this
+        module has added.
+    type: str
+    choices: [present, absent]
+    default: present
   reload:
     description:
       - Let a running server read its files again even when the settings have not changed, for example after a change
@@ -104,16 +112,18 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import login_argument_spec, run_module
+from ansible_collections.pgdrill.pitr.plugins.module_utils.certificates import check, files, newer_than
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login, running_pid
 from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery_conf import INCLUDE_DIR
-from ansible_collections.pgdrill.pitr.plugins.module_utils.settings import apply, render, write
+from ansible_collections.pgdrill.pitr.plugins.module_utils.settings import apply, loaded_at, remove, render, write
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **login_argument_spec(),
     "config_dir": {"type": "path", "required": True},
     "pgdata": {"type": "path"},
     "file": {"type": "str", "default": "50-pitr.conf"},
-    "settings": {"type": "dict", "required": True},
+    "settings": {"type": "dict"},
+    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
     "reload": {"type": "bool", "default": False},
 }
 
@@ -122,12 +132,22 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     """Write, reload, ask."""
     params = module.params
     config_dir = params["config_dir"]
-    text = render(params["settings"], "Managed by pgdrill.pitr; changes are overwritten.")
-    changed, old = write(config_dir, params["file"], text, module.check_mode)
-    running = running_pid(params["pgdata"] or config_dir) is not None
+    pgdata = params["pgdata"] or config_dir
+    wanted: dict[str, str] = {}
+    if params["state"] == "absent":
+        text = ""
+        changed, old = remove(config_dir, params["file"], module.check_mode)
+    else:
+        text = render(params["settings"], "Managed by pgdrill.pitr; changes are overwritten.")
+        check(params["settings"], pgdata)
+        wanted = files(params["settings"], pgdata)
+        changed, old = write(config_dir, params["file"], text, module.check_mode)
+    running = running_pid(pgdata) is not None
     pending: list[str] = []
     if running:
-        pending = apply(Login.from_params(params), (changed or params["reload"]) and not module.check_mode)
+        login = Login.from_params(params)
+        changed = changed or newer_than(wanted.values(), loaded_at(login) if wanted else 0)
+        pending = apply(login, (changed or params["reload"]) and not module.check_mode)
     path = os.path.join(config_dir, INCLUDE_DIR, params["file"])
     result: dict[str, Any] = {"changed": changed, "path": path, "running": running, "pending_restart": pending}
     if module._diff:
@@ -139,6 +159,7 @@ def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec=ARGUMENT_SPEC,
+        required_if=[("state", "present", ("settings",))],
         supports_check_mode=True,
     )
     run_module(module, run)

@@ -25,6 +25,13 @@ attributes:
   idempotent:
     support: full
 options:
+  state:
+    description:
+      - V(absent) removes the command and its settings of this cluster, and the program when no other cluster
+        of the host uses it. Only the options that name it are needed then.
+    type: str
+    choices: [present, absent]
+    default: present
   directory:
     description:
       - Directory to install into. Its owner should be root or the user that installs; PostgreSQL's user only has to
@@ -110,19 +117,25 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+removed:
+  description: What was removed, or would be in check mode.
+  returned: with O(state=absent)
+  type: list
+  elements: str
+  sample: [/usr/local/lib/pgdrill/main.json]
 command:
   description: Path of the launcher.
-  returned: success
+  returned: with O(state=present)
   type: str
   sample: /usr/local/lib/pgdrill/pitr-wal
 archive_command:
   description: The setting for the server, quoted.
-  returned: success
+  returned: with O(state=present)
   type: str
   sample: /usr/local/lib/pgdrill/pitr-wal push main "%p"
 written:
   description: Files that were written, or would be in check mode.
-  returned: success
+  returned: with O(state=present)
   type: list
   elements: str
   sample: ["/usr/local/lib/pgdrill/pitr-wal"]
@@ -150,9 +163,11 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
 from ansible_collections.pgdrill.pitr.plugins.module_utils.install import COMMAND, install
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import shell_command
+from ansible_collections.pgdrill.pitr.plugins.module_utils.uninstall import uninstall
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **repository_argument_spec(),
+    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
     "directory": {"type": "path", "required": True},
     "compression": {"type": "str", "default": "auto"},
     "identity": {"type": "path"},
@@ -168,8 +183,14 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:
-    """Install."""
+    """Install, or take away."""
     params = module.params
+    if params["state"] == "absent":
+        removed = uninstall(params["directory"], params["cluster"], COMMAND, module.check_mode)
+        gone: dict[str, Any] = {"changed": bool(removed), "removed": removed}
+        if module._diff:
+            gone["diff"] = {"before": "".join(f"{path}\n" for path in removed), "after": ""}
+        return gone
     settings: dict[str, Any] = {name: params[name] for name in ("repository", "compression", "push_ahead", "prefetch")}
     if params["identity"]:
         settings["identity"] = os.path.abspath(params["identity"])

@@ -709,6 +709,13 @@ def test_password_is_in_a_private_file_and_never_among_arguments(sandbox: MakeSa
     before = fingerprint(Path(primary.wal_command).parent / "receiver" / f"{holding[0].name}")
     assert receiving.control.configure(check=False)[0] is False
     assert fingerprint(holding[0]) == before
+    # One that the server does not take is not written, and the receiver goes on.
+    streams = receiving.streams
+    receiving.control = Control(dataclasses.replace(receiving.control._request, password="wrong"))
+    with pytest.raises(PitrError, match="password was not changed"):
+        receiving.control.configure(check=False)
+    assert fingerprint(holding[0]) == before and receiving.streams == streams
+    assert sorted(path.name for path in holding[0].parent.iterdir()) == sorted(path.name for path in files)
 
 
 def test_receiver_ends_upon_sigterm_with_all_that_came_on_disk(sandbox: MakeSandbox, receiver: MakeReceiver) -> None:

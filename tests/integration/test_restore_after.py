@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
+from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery_conf import INCLUDE_LINE
 from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Restore as Engine
 from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import settle, undo
 from ansible_collections.pgdrill.pitr.tests.integration.support import Restored, Sandbox, Server, fingerprint, until
@@ -233,7 +234,7 @@ def _external(data: Path, config: Path) -> None:
     (config / "conf.d").mkdir()
     for name in ("postgresql.conf", "pg_hba.conf", "pg_ident.conf"):
         shutil.copyfile(data / name, config / name)
-    text = (config / "postgresql.conf").read_text(encoding="utf-8").replace("include_dir = 'conf.d'\n", "")
+    text = (config / "postgresql.conf").read_text(encoding="utf-8").replace(INCLUDE_LINE, "")
     text += f"data_directory = '{data}'\nhba_file = '{config}/pg_hba.conf'\nident_file = '{config}/pg_ident.conf'\n"
     (config / "postgresql.conf").write_text(text, encoding="utf-8")
 

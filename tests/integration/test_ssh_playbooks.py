@@ -28,8 +28,8 @@ def site(bin_dir: str, major: int, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_site_and_drill_over_ssh(site: Site, tmp_path: Path) -> None:
     sshd = Sshd(tmp_path / "sshd")
-    writer, reader = sshd.key("writer"), sshd.key("reader")
-    public = {key: key.with_suffix(".pub").read_text(encoding="ascii").strip() for key in (writer, reader)}
+    writer, reader, former = (sshd.key(name) for name in ("writer", "reader", "former"))
+    public = {key: key.with_suffix(".pub").read_text(encoding="ascii").strip() for key in (writer, reader, former)}
     repository = site.run_dir / 'the "repository"\'s place'
     variables = {
         "postgresql_primary": {
@@ -55,7 +55,20 @@ def test_site_and_drill_over_ssh(site: Site, tmp_path: Path) -> None:
     also = ("-i", str(inventory))
     sshd.start()
     try:
+        # A key that has gone from the inventory goes from the file; other clusters' lines, and those of others, stay.
+        others = [
+            f"ssh-ed25519 {public[former].split()[1]} an operator",
+            f'restrict,command="/usr/local/lib/pgdrill/pitr-wal serve --read other" {public[former]}',
+            f'restrict,command="/usr/local/bin/else main" {public[former]}',
+        ]
+        site.succeed("site", *also, repository_reader_keys=[public[reader], public[former]])
+        with open(sshd.authorized_keys, "a", encoding="utf-8") as stream:
+            stream.write("".join(f"{line}\n" for line in others))
+        assert len(sshd.authorized_keys.read_text(encoding="utf-8").splitlines()) == 6
         site.succeed("site", *also)
+        lines = sshd.authorized_keys.read_text(encoding="utf-8").splitlines()
+        assert lines[2:] == others and [public[writer] in lines[0], public[reader] in lines[1]] == [True, True]
+        sshd.authorized_keys.write_text("".join(f"{line}\n" for line in lines[:2]), encoding="utf-8")
         again = site.succeed("site", *also).partition("PLAY RECAP")[2]
         assert set(re.findall(r"changed=(\d+)", again)) == {"0"}, again
         lines = sshd.authorized_keys.read_text(encoding="utf-8").splitlines()

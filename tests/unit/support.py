@@ -13,6 +13,7 @@ import datetime
 import os
 import random
 import struct
+import subprocess
 from pathlib import Path
 
 from ansible_collections.pgdrill.pitr.plugins.module_utils import install, repository
@@ -135,3 +136,33 @@ def interpreters() -> list[str]:
         if os.access(candidate, os.X_OK):
             found.setdefault(os.path.realpath(candidate), candidate)
     return list(found.values())
+
+
+class Authority:
+    """A certificate authority of its own, with openssl. ``certificate`` is what clients trust."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self.certificate, self._key = directory / "ca.crt", directory / "ca.key"
+        self._openssl(
+            "req", "-x509", "-subj", f"/CN=authority {directory.name}", "-days", "30", "-out", str(self.certificate),
+            "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", str(self._key),
+        )  # fmt: skip
+
+    def issue(self, directory: Path, name: str, address: str = "127.0.0.1") -> tuple[Path, Path]:
+        """A server's certificate for this address, and its key, as ``<name>.crt`` and ``<name>.key``."""
+        certificate, key, request = (directory / f"{name}.{ending}" for ending in ("crt", "key", "csr"))
+        self._openssl(
+            "req", "-new", "-subj", f"/CN={name}", "-addext", f"subjectAltName=IP:{address}", "-out", str(request),
+            "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", str(key),
+        )  # fmt: skip
+        self._openssl(
+            "x509", "-req", "-in", str(request), "-CA", str(self.certificate), "-CAkey", str(self._key), "-days", "30",
+            "-CAcreateserial", "-copy_extensions", "copy", "-out", str(certificate),
+        )  # fmt: skip
+        key.chmod(0o600)
+        return certificate, key
+
+    @staticmethod
+    def _openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], check=True, capture_output=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
-from ansible_collections.pgdrill.pitr.plugins.module_utils.installation import detect
+from ansible_collections.pgdrill.pitr.plugins.module_utils.installation import detect, missing
 
 
 def programs(root: Path, *directories: str) -> None:
@@ -118,3 +118,11 @@ def test_several_clusters_are_refused_by_name_until_one_is_named(tmp_path: Path)
         detect(name="main", root=str(tmp_path))
     found = detect(version=17, name="main", root=str(tmp_path))
     assert found is not None and found.service == "postgresql@17-main"
+
+
+def test_user_and_programs_that_are_not_there_are_told(tmp_path: Path) -> None:
+    programs(tmp_path, "/usr/lib/postgresql/17/bin")
+    there = str(tmp_path / "usr/lib/postgresql/17/bin")
+    assert missing("root", there) == missing("", there) == []
+    assert missing("nobody-of-this-name", there) == ["the user nobody-of-this-name"]
+    assert missing("root", str(tmp_path)) == missing("root", "") == ["the programs of PostgreSQL"]

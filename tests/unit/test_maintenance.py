@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ansible_collections.pgdrill.pitr.plugins.module_utils import maintenance
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance import Settings, read_settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_install import install, remove_monitoring
@@ -136,3 +137,29 @@ def test_status_looks_at_what_the_command_pitr_knows(installed: Path) -> None:
     assert answer.returncode == 2 and answer.stdout.startswith("PITR CRITICAL - main primary: ")
     answer = run(installed, "status", "other")
     assert answer.returncode == 3 and "monitoring/other.json" in answer.stdout
+
+
+# --- a server that does not let in
+
+
+class Door:
+    """Lets in at the so-manieth knock."""
+
+    def __init__(self, refusals: int) -> None:
+        self.refusals = refusals
+
+    def connect(self) -> Door:
+        self.refusals -= 1
+        if self.refusals >= 0:
+            raise PitrError("password authentication failed")
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+def test_backup_waits_for_a_server_that_is_restarted_or_has_a_new_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maintenance, "PAUSE", 0.01)
+    maintenance.wait_for(Door(3))  # type: ignore[arg-type]
+    with pytest.raises(PitrError, match="authentication failed"):
+        maintenance.wait_for(Door(10**9), patience=0.05)  # type: ignore[arg-type]

@@ -202,7 +202,7 @@ def test_configuration_may_lie_outside_of_the_data_directory(tmp_path: Path) -> 
     (pgdata / "postgresql.auto.conf").write_text(AUTO)
     write(str(config), str(pgdata), SETTINGS, PLAN)
     assert (config / "conf.d" / "99-pitr-recovery.conf").exists() and not (pgdata / "conf.d").exists()
-    assert (config / "postgresql.conf").read_text() == "port = 5432\ninclude_dir = 'conf.d'\n"
+    assert (config / "postgresql.conf").read_text() == f"port = 5432\n{recovery_conf.INCLUDE_LINE}"
     assert (pgdata / "recovery.signal").exists() and not (config / "recovery.signal").exists()
     assert finish(str(config), str(pgdata)) is True
     assert auto(pgdata)["archive_mode"] == "always"
@@ -248,7 +248,7 @@ def test_include_dir_is_found_only_where_it_is_in_force(tmp_path: Path, line: st
 def test_include_dir_is_added_without_empty_lines(tmp_path: Path, text: str) -> None:
     (tmp_path / "postgresql.conf").write_text(text)
     ensure_include_dir(str(tmp_path))
-    assert (tmp_path / "postgresql.conf").read_text() == f"{text}include_dir = 'conf.d'\n"
+    assert (tmp_path / "postgresql.conf").read_text() == f"{text}{recovery_conf.INCLUDE_LINE}"
 
 
 def test_include_dir_is_added_once_and_the_file_keeps_its_mode(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_include_dir_is_added_once_and_the_file_keeps_its_mode(tmp_path: Path) -
     path.chmod(0o640)
     assert ensure_include_dir(str(tmp_path)) is True
     assert ensure_include_dir(str(tmp_path)) is False
-    assert path.read_text() == "port = 1\ninclude_dir = 'conf.d'\n"
+    assert path.read_text() == f"port = 1\n{recovery_conf.INCLUDE_LINE}"
     assert path.stat().st_mode & 0o777 == 0o640
     assert (tmp_path / "conf.d").is_dir()
 

@@ -14,6 +14,7 @@ import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login, parse_settings
+from ansible_collections.pgdrill.pitr.plugins.module_utils.recovery_conf import INCLUDE_LINE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,7 +54,7 @@ def test_file_is_written_once_and_included(tmp_path: Path) -> None:
     assert settings.write(str(tmp_path), "50-pitr.conf", "a = '1'\n", check=False) == (True, "")
     path = tmp_path / "conf.d" / "50-pitr.conf"
     assert path.read_text() == "a = '1'\n" and path.stat().st_mode & 0o777 == 0o600
-    assert (tmp_path / "postgresql.conf").read_text() == "port = 1\ninclude_dir = 'conf.d'\n"
+    assert (tmp_path / "postgresql.conf").read_text() == f"port = 1\n{INCLUDE_LINE}"
     before = path.stat().st_ino
     assert settings.write(str(tmp_path), "50-pitr.conf", "a = '1'\n", check=False) == (False, "a = '1'\n")
     assert path.stat().st_ino == before
@@ -156,3 +157,26 @@ def test_file_that_the_server_cannot_read_is_named_and_not_loaded(
         settings.apply(Login(), reload=True)
     assert said in caught.value.message
     assert server.reloads == 0
+
+
+@pytest.mark.parametrize("conf", ["port = 1\n", "port = 1\ninclude_dir = 'conf.d'\n", ""])
+def test_removal_leaves_what_was_there_before(tmp_path: Path, conf: str) -> None:
+    path = tmp_path / "postgresql.conf"
+    path.write_text(conf)
+    if "conf.d" in conf:
+        (tmp_path / "conf.d").mkdir()
+    settings.write(str(tmp_path), "50-pitr.conf", "a = '1'\n", False)
+    assert settings.remove(str(tmp_path), "50-pitr.conf", True) == (True, "a = '1'\n")
+    assert (tmp_path / "conf.d" / "50-pitr.conf").exists()
+    assert settings.remove(str(tmp_path), "50-pitr.conf", False) == (True, "a = '1'\n")
+    assert path.read_text() == conf and (tmp_path / "conf.d").exists() is ("conf.d" in conf)
+    assert settings.remove(str(tmp_path), "50-pitr.conf", False) == (False, "")
+
+
+def test_removal_leaves_the_include_directory_to_files_of_others(tmp_path: Path) -> None:
+    (tmp_path / "postgresql.conf").write_text("port = 1\n")
+    settings.write(str(tmp_path), "50-pitr.conf", "a = '1'\n", False)
+    (tmp_path / "conf.d" / "10-mine.conf").write_text("work_mem = 8MB\n")
+    settings.remove(str(tmp_path), "50-pitr.conf", False)
+    assert (tmp_path / "conf.d" / "10-mine.conf").exists()
+    assert "conf.d" in (tmp_path / "postgresql.conf").read_text()

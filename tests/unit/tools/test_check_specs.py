@@ -8,6 +8,7 @@ from typing import Any
 
 import check_specs
 import pytest
+import variable_index
 import yaml
 
 SHARED = {"pitr_cluster": "main"}
@@ -66,3 +67,21 @@ def test_difference_is_told(roles: Path, defaults: dict[str, Any], options: dict
 
 def test_role_without_specs_is_told(roles: Path) -> None:
     assert "no entry point `main`" in next(check_specs.role_problems(roles, "primary"))
+
+
+def test_page_of_variables_that_is_out_of_date_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "roles" / "primary" / "meta" / "argument_specs.yml", spec({"primary_port": {"default": 1}}))
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "variables.md"
+    page.write_text(variable_index.render(tmp_path), encoding="utf-8")
+    assert list(check_specs.variable_problems(tmp_path)) == []
+    write(tmp_path / "roles" / "primary" / "meta" / "argument_specs.yml", spec({"primary_port": {"default": 2}}))
+    assert "make docs" in next(check_specs.variable_problems(tmp_path))
+
+
+def test_row_of_a_variable_has_its_type_its_default_and_what_it_is() -> None:
+    option = {"type": "str", "default": "a|b", "choices": ["a|b", "c"], "description": ["See O(other); V(x\\)|y)."]}
+    options = {"main": {"options": {"one": option}}, "other": {"options": {"one": {}, "two": {"required": True}}}}
+    assert list(variable_index.variables(options)) == ["one", "two"]
+    assert variable_index.row("one", option) == "| `one` | str: `a\\|b`, `c` | `a\\|b` | See `other`; `x)\\|y`. |\n"
+    assert "**required**" in variable_index.row("two", {"required": True})
