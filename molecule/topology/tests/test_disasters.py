@@ -1,0 +1,167 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Disasters, one after the other on the same hosts, each ended by what an operator types. Clients commit meanwhile, and
+write down what was acknowledged to them.
+
+The order matters: a test begins with what the one before it has left.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from ansible_collections.pgdrill.pitr.molecule.shared.hosts import (
+    CLUSTER,
+    FOLDER,
+    container,
+    host,
+    service,
+    sql,
+)
+from ansible_collections.pgdrill.pitr.molecule.topology.scene import Ledger, operator, until
+
+RECEIVER = f"pitr_{CLUSTER}"
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
+    with Ledger(tmp_path_factory.mktemp("ledger")) as clients:
+        yield clients
+
+
+@pytest.fixture(scope="module")
+def backup() -> Any:
+    return host("backup")
+
+
+def synchronous(primary: str) -> str:
+    """Who the primary's commits wait for."""
+    return sql(host(primary), "SELECT application_name FROM pg_stat_replication WHERE sync_state = 'sync'")
+
+
+def backlog(primary: str) -> int:
+    """Segments that wait to be archived."""
+    return int(sql(host(primary), "SELECT count(*) FROM pg_ls_archive_statusdir() WHERE name LIKE '%.ready'"))
+
+
+def archived_without_a_gap(situation: str, primary: str) -> dict[str, Any]:
+    """The archive is looked at as the operator does, and reaches the primary's present timeline."""
+    shown = operator(situation, "status")
+    assert re.search(r"^\s+gaps: \[\]$", shown, re.MULTILINE), shown
+    timeline = int(sql(host(primary), "SELECT timeline_id FROM pg_control_checkpoint()"))
+    assert re.search(rf"^\s+last_segment: '?{timeline:08X}", shown, re.MULTILINE), shown
+    return {"timeline": timeline, "shown": shown}
+
+
+def follows(standby: str, primary: str) -> None:
+    """The standby streams from the primary and has what it has."""
+
+    def caught_up() -> bool:
+        end = sql(host(primary), "SELECT pg_current_wal_flush_lsn()")
+        streams = "SELECT count(*) FROM pg_stat_wal_receiver WHERE status = 'streaming'"
+        return sql(host(standby), f"{streams} AND pg_last_wal_replay_lsn() >= '{end}'") == "1"
+
+    until(f"{standby} follows {primary}", caught_up)
+
+
+def test_dropped_table_comes_back_by_a_restore_in_place_and_the_standby_follows(ledger: Ledger) -> None:
+    primary = host("db1")
+    sql(primary, "CREATE TABLE orders AS SELECT generate_series(1, 1000) AS n")
+    ledger.begin("db1")
+    ledger.work(2)
+    sql(primary, "DROP TABLE orders")
+    ledger.work(1)
+    ledger.end("db1")
+    sql(primary, "SELECT pg_switch_wal()")
+    until("it is archived", lambda: backlog("db1") == 0)
+    found = operator("db1", "find_target", "-e", '{"find_kinds": ["drop"]}')
+    words = re.findall(r"restore_with: (.+)", found)
+    assert len(words) == 1, found
+
+    primary.check_output("systemctl stop %s", service(primary))
+    operator(
+        "db1",
+        "restore",
+        "-e",
+        "restore_confirm=shop",
+        "-e",
+        "restore_force=true",
+        "-e",
+        "restore_accept=true",
+        *words[0].split(),
+    )
+
+    assert sql(primary, "SELECT count(*) FROM orders") == "1000"
+    operator("db1", "site")
+    assert synchronous("db1") == RECEIVER
+    follows("db2", "db1")
+    assert sql(host("db2"), "SELECT count(*) FROM orders") == "1000"
+    archived_without_a_gap("db1", "db1")
+    ledger.forget_after("db1")
+    assert ledger.missing("db1") == set()
+
+
+def test_repository_host_that_hangs_under_load_stops_no_commit_and_the_backlog_drains(
+    ledger: Ledger, backup: Any
+) -> None:
+    ledger.begin("db1")
+    subprocess.run(["podman", "pause", container("backup")], check=True)
+    try:
+        until("commits wait for the standby instead", lambda: synchronous("db1") == "db2")
+        assert ledger.work(3) > 0
+        for _segment in range(4):
+            sql(host("db1"), "SELECT pg_switch_wal()")
+            assert ledger.work(1) > 0
+        assert backlog("db1") >= 4
+    finally:
+        subprocess.run(["podman", "unpause", container("backup")], check=True)
+    until("the backlog is archived", lambda: backlog("db1") == 0, 120)
+    until("commits wait for the receiver again", lambda: synchronous("db1") == RECEIVER, 120)
+    ledger.end("db1")
+    archived_without_a_gap("db1", "db1")
+    assert ledger.missing("db1") == set()
+
+
+def test_lost_host_of_the_primary_is_restored_on_the_spare_and_no_acknowledged_commit_is_lost(ledger: Ledger) -> None:
+    ledger.begin("db1")
+    ledger.work(3)
+    subprocess.run(["podman", "kill", container("db1")], check=True, capture_output=True)
+    subprocess.run(["podman", "rm", "--force", "--volumes", container("db1")], check=True, capture_output=True)
+    ledger.wait()
+
+    typed = ("-e", "restore_confirm=shop", "-e", "restore_use_partial=true", "-e", "restore_accept=true")
+    operator("db3", "restore", *typed)
+    assert ledger.missing("db3") == set()
+    operator("db3", "site")
+    assert synchronous("db3") == RECEIVER
+    follows("db2", "db3")
+    assert ledger.missing("db2") == set()
+    archived_without_a_gap("db3", "db3")
+    assert host("db3").service("postgresql").is_enabled
+    # They work on, against the new primary.
+    ledger.begin("db3")
+    assert ledger.work(1) > 0
+    ledger.end("db3")
+
+
+def test_lost_repository_is_made_anew_and_its_window_begins_with_its_first_backup(ledger: Ledger, backup: Any) -> None:
+    ledger.begin("db3")
+    before = backup.check_output(f"ls {FOLDER}/backups").split()
+    backup.check_output("rm -rf /srv/pitr/* /srv/pitr/.[!.]*")
+    operator("db3", "site")
+    until("commits wait for the receiver", lambda: synchronous("db3") == RECEIVER)
+    assert ledger.work(1) > 0
+    ledger.end("db3")
+    after = backup.check_output(f"ls {FOLDER}/backups").split()
+    assert len(after) == 1 and not set(after) & set(before)
+    archived_without_a_gap("db3", "db3")
+    shown = json.loads(backup.check_output(f"cat {FOLDER}/backups/{after[0]}/backup.json"))
+    assert shown
+    assert ledger.missing("db3") == set()
