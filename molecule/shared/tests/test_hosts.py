@@ -150,6 +150,12 @@ def test_password_is_in_no_journal_no_process_and_no_file_that_others_may_read(p
                 assert host.file(path).mode & 0o077 == 0, path
 
 
+def test_user_postgres_is_as_the_packages_or_the_operator_have_made_him(primary: Any, repository: Any) -> None:
+    for host in (primary, repository):
+        user = host.user("postgres")
+        assert (user.home, user.shell) == ("/var/lib/postgresql", "/bin/bash")
+
+
 @pytest.mark.ssh
 def test_private_keys_are_the_servers_alone(primary: Any) -> None:
     for kind in ("writer", "reader"):
