@@ -20,13 +20,14 @@ from .serverlog import tail as log_tail
 
 @dataclass(frozen=True)
 class Status:
-    """``port`` as the running server has written it down, else 0."""
+    """``port`` as the running server has written it down, else 0. ``standby``: it is, or will come up as, a standby."""
 
     exists: bool
     running: bool
     pid: int
     port: int
     system_identifier: str
+    standby: bool = False
 
 
 class Instance:
@@ -51,7 +52,8 @@ class Instance:
         identifier = ""
         if exists and os.path.exists(os.path.join(self._pgdata, "global", "pg_control")):
             identifier = control_data(self._bin_dir, self._pgdata).system_identifier
-        return Status(exists, bool(pid), pid, port, identifier)
+        standby = exists and os.path.exists(os.path.join(self._pgdata, "standby.signal"))
+        return Status(exists, bool(pid), pid, port, identifier, standby)
 
     def initialize(self, options: Sequence[str]) -> None:
         """Run initdb. Raises PitrError when it fails; initdb then removes what it made."""

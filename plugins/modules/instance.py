@@ -109,6 +109,11 @@ system_identifier:
   returned: success
   type: str
   sample: "7412345678901234567"
+standby:
+  description: Whether it is, or will come up as, a standby (standby.signal).
+  returned: success
+  type: bool
+  sample: false
 seconds:
   description: How long the module took.
   returned: success
