@@ -39,7 +39,8 @@ def variables(name: str) -> dict[str, Any]:
 PRIMARY = group("postgresql_primary")[0]
 REPOSITORY = group("pitr_repository")[0]
 CLUSTER: str = variables(PRIMARY)["pitr_cluster"]
-PASSWORD: str = variables(PRIMARY)["pitr_backup_password"]
+PASSWORDS: list[str] = [value for name, value in variables(PRIMARY).items() if name.endswith("_password")]
+HOSTS: list[str] = sorted(_INVENTORY["_meta"]["hostvars"])
 OVER_SSH: bool = variables(PRIMARY)["pitr_repository"].startswith("ssh://")
 HAS_RECEIVER: bool = variables(REPOSITORY).get("receiver_state") == "started"
 # Whose the repository is.

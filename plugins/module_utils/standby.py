@@ -112,7 +112,11 @@ class Position:
 
 
 def made_nothing_yet(control: ControlData) -> bool:
-    """Whether this is a cluster in which nothing was made since initdb, as packages leave behind, by its pg_control."""
+    """Whether this is a cluster in which nothing was made since initdb, as packages leave behind, by its pg_control.
+
+    False for one whose server has run for long enough to gather statistics, as large ones take numbers, too
+    (toast_save_datum). Only the running server can tell then.
+    """
     return control.state == _STOPPED and int(control.text("Latest checkpoint's NextOID")) < _FIRST_OBJECT
 
 

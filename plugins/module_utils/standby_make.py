@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import combine, extract, locks, places, recovery_conf
@@ -78,6 +78,8 @@ class Request:
     clone_from: str = "primary"
     rebuild: str = "never"
     replace_empty: bool = False
+    # System identifier of a cluster that was found empty while its server ran.
+    empty_cluster: str = ""
     tablespace_mapping: Mapping[str, str] = field(default_factory=dict)
     identity: str = ""
     ssh: Mapping[str, str] = field(default_factory=dict)
@@ -114,6 +116,8 @@ class Standby:
         running = running_pid(request.pgdata) is not None
         self.upstream = look_upstream(request.upstream, request.slot, request.login if running else None)
         self.local = look_local(request.pgdata, request.bin_dir, request.login, self.upstream)
+        if self.local.system_identifier and self.local.system_identifier == request.empty_cluster and not running:
+            self.local = replace(self.local, empty_cluster=True)
         major = binary_version(request.bin_dir)
         found = decide(self.local, self.upstream, request.rebuild, request.pgdata, major, request.replace_empty)
         if isinstance(found, Refusal):

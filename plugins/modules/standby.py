@@ -119,6 +119,12 @@ options:
       - Whether a cluster in which nothing was made since initdb, as packages leave behind, may be moved aside.
     type: bool
     default: false
+  empty_cluster:
+    description:
+      - What a call in check mode has returned as RV(empty_cluster) while the server ran. A stopped cluster in which nothing
+        was made, but statistics were gathered, cannot be told from others.
+    type: str
+    default: ''
   tablespace_mapping:
     description:
       - Directory of a tablespace on the primary, and where it goes here, for a clone.
@@ -214,6 +220,11 @@ stop:
   returned: state is present
   type: bool
   sample: false
+empty_cluster:
+  description: System identifier of the cluster in the directory when nothing was made in it since initdb, else empty.
+  returned: state is present
+  type: str
+  sample: ""
 notes:
   description: What somebody should know.
   returned: state is present
@@ -337,6 +348,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "clone_from": {"type": "str", "choices": ["primary", "repository"], "default": "primary"},
     "rebuild": {"type": "str", "choices": list(REBUILD), "default": "never"},
     "replace_empty": {"type": "bool", "default": False},
+    "empty_cluster": {"type": "str", "default": ""},
     "tablespace_mapping": {"type": "dict", "default": {}},
     "wal_command": {"type": "path", "required": True},
     "identity": {"type": "path"},
@@ -387,6 +399,7 @@ def request(params: dict[str, Any]) -> Request:
         clone_from=params["clone_from"],
         rebuild=params["rebuild"],
         replace_empty=params["replace_empty"],
+        empty_cluster=params["empty_cluster"],
         tablespace_mapping=params["tablespace_mapping"],
         identity=os.path.abspath(params["identity"]) if params["identity"] else "",
         ssh=ssh_settings(params),
@@ -404,6 +417,7 @@ def make(module: AnsibleModule) -> dict[str, Any]:
         "stop": decision.stop,
         "notes": list(decision.notes),
         "running": standby.local.running,
+        "empty_cluster": standby.local.system_identifier if standby.local.empty_cluster else "",
     }
     done = standby.perform(decision, module.check_mode)
     result.update(changed=done.changed, changes=list(done.changes), moved_aside=done.moved_aside)

@@ -15,9 +15,12 @@ from ansible_collections.pgdrill.pitr.molecule.shared.hosts import (
     CLUSTER,
     FOLDER,
     HAS_RECEIVER,
+    HOSTS,
     OWNER,
-    PASSWORD,
+    PASSWORDS,
+    REPOSITORY,
     changes,
+    host,
     playbook,
     service,
     sql,
@@ -57,9 +60,9 @@ def test_timer_is_enabled_and_will_elapse(repository: Any, unit: str) -> None:
     assert re.search(r"\d{4}-\d\d-\d\d", shown), shown
 
 
-def test_no_unit_has_failed(primary: Any, repository: Any) -> None:
-    for host in (primary, repository):
-        assert host.check_output("systemctl --failed --no-legend --plain").strip() == ""
+@pytest.mark.parametrize("name", HOSTS)
+def test_no_unit_has_failed(name: str) -> None:
+    assert host(name).check_output("systemctl --failed --no-legend --plain").strip() == ""
 
 
 def test_archiving_is_on_and_of_the_present_timeline(primary: Any) -> None:
@@ -136,38 +139,37 @@ def test_nothing_of_the_repository_is_for_others(repository: Any) -> None:
     assert repository.check_output(f"find /srv/pitr ! -user {OWNER} -o ! -type l -perm /077").strip() == ""
 
 
-def test_password_is_in_no_journal_no_process_and_no_file_that_others_may_read(primary: Any, repository: Any) -> None:
-    for host in (primary, repository):
-        assert PASSWORD not in host.check_output("journalctl --no-pager -a")
-        assert PASSWORD not in host.check_output("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
-        for form in (PASSWORD, PASSWORD.replace("\\", "\\\\").replace(":", "\\:")):
+@pytest.mark.parametrize("name", HOSTS)
+def test_password_is_in_no_journal_no_process_and_no_file_that_others_may_read(name: str) -> None:
+    machine = host(name)
+    for password in PASSWORDS:
+        assert password not in machine.check_output("journalctl --no-pager -a")
+        assert password not in machine.check_output("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
+        for form in (password, password.replace("\\", "\\\\").replace(":", "\\:")):
             places = "/etc /usr/local /var/lib /var/log /var/backups /srv /root /home /tmp /run"
-            found = (
-                host.run("grep -rlsF --devices=skip -- %s %s", form, "/nowhere").stdout
-                + host.run(f"grep -rlsF --devices=skip -e '{form}' {places}").stdout
-            )
-            for path in found.split():
-                assert host.file(path).mode & 0o077 == 0, path
+            for path in machine.run(f"grep -rlsF --devices=skip -e '{form}' {places}").stdout.split():
+                assert machine.file(path).mode & 0o077 == 0, path
 
 
 def test_user_postgres_is_as_the_packages_or_the_operator_have_made_him(primary: Any, repository: Any) -> None:
-    for host in (primary, repository):
-        user = host.user("postgres")
+    for machine in (primary, repository):
+        user = machine.user("postgres")
         assert (user.home, user.shell) == ("/var/lib/postgresql", "/bin/bash")
 
 
 @pytest.mark.ssh
-def test_private_keys_are_the_servers_alone(primary: Any) -> None:
+@pytest.mark.parametrize("name", [name for name in HOSTS if name != REPOSITORY])
+def test_private_keys_are_the_servers_alone(name: str) -> None:
+    machine = host(name)
     for kind in ("writer", "reader"):
-        key = primary.file(f"/etc/pgdrill/{CLUSTER}-{kind}")
+        key = machine.file(f"/etc/pgdrill/{CLUSTER}-{kind}")
         assert (key.user, key.mode) == ("postgres", 0o600)
-    assert primary.file("/etc/pgdrill").mode == 0o700
+    assert machine.file("/etc/pgdrill").mode == 0o700
 
 
-@pytest.mark.parametrize("name", ["primary", "repository"])
-def test_code_that_the_servers_run_is_nobody_elses_to_change(name: str, request: Any) -> None:
-    host = request.getfixturevalue(name)
-    assert host.check_output("find /usr/local/lib/pgdrill ! -type l -perm /022").strip() == ""
+@pytest.mark.parametrize("name", HOSTS)
+def test_code_that_the_servers_run_is_nobody_elses_to_change(name: str) -> None:
+    assert host(name).check_output("find /usr/local/lib/pgdrill ! -type l -perm /022").strip() == ""
 
 
 # --- a second look
