@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ class State:
     checkpoint_lsn: str = ""
     received_lsn: str = ""
     replayed_lsn: str = ""
+    known_lsn: str = ""
     receiver: str = ""
     delay: int = 0
     archive_mode: str = ""
@@ -53,6 +54,21 @@ class State:
     def to_dict(self) -> dict[str, Any]:
         """For a module's result."""
         return asdict(self)
+
+
+def _number(lsn: str) -> int:
+    return int(Lsn.parse(lsn)) if lsn else 0
+
+
+@dataclass(frozen=True)
+class Bear:
+    """What somebody has decided to bear in a failover: that the primary answers, that the standby replays late on purpose,
+    that another one has more.
+    """
+
+    answers: bool = False
+    delayed: bool = False
+    behind: bool = False
 
 
 class Turn:
@@ -90,7 +106,9 @@ class Turn:
                 " CASE WHEN pg_is_in_recovery() THEN pg_is_wal_replay_paused() ELSE false END",
             )[0]
         names = ("in_recovery", "received_lsn", "replayed_lsn", "receiver", "delay", "archive_mode", "paused")
-        return State(running=True, **facts, **dict(zip(names, row)))
+        facts.update(zip(names, row))
+        facts["known_lsn"] = max((facts["received_lsn"], facts["replayed_lsn"]), key=_number)
+        return State(running=True, **facts)
 
     def _control(self) -> ControlData | None:
         if not os.path.exists(os.path.join(self._pgdata, "global", "pg_control")):
@@ -171,10 +189,10 @@ class Turn:
             found.append(Refusal("paused", "Its replay is paused.", "SELECT pg_wal_replay_resume()"))
         return found
 
-    def check_failover(self, upstream: Login, although_answers: bool, delayed: bool) -> State:
+    def check_failover(self, upstream: Login, others: Mapping[str, str], bear: Bear) -> State:
         """May this standby become the primary although nobody has stopped the old one for it?
 
-        Raises RefusedError. ``although_answers`` and ``delayed`` are what somebody has decided to bear.
+        ``others``: how far each other one is that could be promoted or restored from, by name. Raises RefusedError.
         """
         state = self.state()
         refusals: list[Refusal] = []
@@ -182,8 +200,19 @@ class Turn:
             what = "not running" if not state.running else "a primary already"
             refusals.append(Refusal("not_a_standby", f"The server in {self._pgdata} is {what}."))
         else:
-            refusals += [each for each in self._held_back(state) if not (delayed and each.code == "delayed")]
-        if not although_answers and self._answers(upstream):
+            refusals += [each for each in self._held_back(state) if not (bear.delayed and each.code == "delayed")]
+            ahead = {name: lsn for name, lsn in others.items() if _number(lsn) > _number(state.known_lsn)}
+            if ahead and not bear.behind:
+                told = ", ".join(f"{name} ({lsn})" for name, lsn in sorted(ahead.items()))
+                refusals.append(
+                    Refusal(
+                        "behind",
+                        f"It has WAL to {state.known_lsn or 'nowhere'}, and there is more with {told}.",
+                        "Promote the standby that has most. What only the receiver has, a restore brings back"
+                        " (restore_use_partial). Or bear the loss: promote_although_behind.",
+                    )
+                )
+        if not bear.answers and self._answers(upstream):
             refusals.append(
                 Refusal(
                     "primary_answers",
@@ -209,7 +238,9 @@ class Turn:
         return True
 
     def promote(self, shutdown_lsn: str, restore_command: Sequence[str], although_no_archive: bool) -> tuple[bool, int]:
-        """Promote it, and return (whether that was a change, its timeline). Raises PitrError; then it is a standby still.
+        """Promote it, and return (whether that was a change, its timeline).
+
+        Raises PitrError; it is a standby still when its detail says ``still_standby``, and may be none otherwise.
 
         ``shutdown_lsn``: position of the old primary's shutdown checkpoint, which has to be replayed first; empty for
         everything that can be had. ``restore_command``: an argv of pitr-wal get, to which a name and a path are added.
@@ -217,12 +248,16 @@ class Turn:
         state = self.state()
         if state.running and not state.in_recovery:
             return False, self._timeline()
-        if not state.running:
-            raise PitrError(f"The standby in {self._pgdata} is not running, so that it cannot be promoted.")
-        if shutdown_lsn:
-            self._wait_replayed(Lsn.parse(shutdown_lsn))
-        if restore_command and not although_no_archive:
-            self._check_archive(restore_command, state.timeline)
+        try:
+            if not state.running:
+                raise PitrError(f"The standby in {self._pgdata} is not running, so that it cannot be promoted.")
+            if shutdown_lsn:
+                self._wait_replayed(Lsn.parse(shutdown_lsn))
+            if restore_command and not although_no_archive:
+                self._check_archive(restore_command, state.timeline)
+        except PitrError as error:
+            # Told explicitly: from here on it may have been promoted, whatever fails.
+            raise PitrError(error.message, still_standby=True) from None
         with contextlib.closing(self._login.connect()) as connection:
             done = query(connection, "SELECT pg_promote(true, %s)", (max(int(self._timeout), 1),))[0][0]
         if not done:

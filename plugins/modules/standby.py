@@ -35,10 +35,10 @@ options:
       - Host of the standby itself. It is best asked over its socket, O(login_unix_socket).
   state:
     description:
-      - V(status) only looks. V(present) makes the directory one of a standby. V(attached) waits until the running standby
-        streams.
-      - V(ready) fails unless the standby could take over from a primary that is stopped for it. V(failover) fails unless
-        it could do so from one that is gone.
+      - V(status) only looks. V(present) makes the directory one of a standby. V(attached) waits until the running
+        standby streams.
+      - V(ready) fails unless the standby could take over from a primary that is stopped for it. V(failover) fails
+        unless it could do so from one that is gone.
       - V(promoted) makes it the primary. V(fenced) lets a server that is stopped come up as a standby at most.
     type: str
     choices: [status, present, attached, ready, failover, promoted, fenced]
@@ -103,14 +103,14 @@ options:
     default: ''
   clone_from:
     description:
-      - Where the data comes from when there is none, the primary (C(pg_basebackup)) or the newest backup of the repository.
+      - Where the data comes from when there is none, the primary (C(pg_basebackup)) or the repository's newest backup.
     type: str
     choices: [primary, repository]
     default: primary
   rebuild:
     description:
-      - What may be done with a directory of this cluster that is no standby of this primary, because it has diverged or is
-        a primary itself. V(never) refuses. V(rewind) runs C(pg_rewind). V(clone) moves it aside and clones anew.
+      - What may be done with a directory of this cluster that is no standby of this primary, because it has diverged or
+        is a primary itself. V(never) refuses. V(rewind) runs C(pg_rewind). V(clone) moves it aside and clones anew.
     type: str
     choices: [never, rewind, clone]
     default: never
@@ -165,6 +165,17 @@ options:
   although_primary_answers:
     description:
       - With O(state=failover), go on although the primary answers.
+    type: bool
+    default: false
+  others:
+    description:
+      - With O(state=failover), how far each other standby, and the receiver, is (RV(known_lsn)), by name. Empty texts are
+        those of whom nothing is known.
+    type: dict
+    default: {}
+  although_behind:
+    description:
+      - With O(state=failover), go on although another one has more.
     type: bool
     default: false
   although_delayed:
@@ -282,6 +293,11 @@ replayed_lsn:
   returned: state is not present
   type: str
   sample: 0/7A21F08
+known_lsn:
+  description: The later of the two, how far this standby could come.
+  returned: state is not present
+  type: str
+  sample: 0/7A21F08
 timeline:
   description: Timeline in pg_control; with O(state=promoted) that of the new primary.
   returned: state is not present
@@ -324,7 +340,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.standby import REBUILD
 from ansible_collections.pgdrill.pitr.plugins.module_utils.standby_make import Request, Standby
-from ansible_collections.pgdrill.pitr.plugins.module_utils.standby_turn import Turn
+from ansible_collections.pgdrill.pitr.plugins.module_utils.standby_turn import Bear, Turn
 
 STATES = ["status", "present", "attached", "ready", "failover", "promoted", "fenced"]
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
@@ -357,6 +373,8 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "max_lag": {"type": "int", "default": 16777216},
     "shutdown_lsn": {"type": "str", "default": ""},
     "although_primary_answers": {"type": "bool", "default": False},
+    "others": {"type": "dict", "default": {}},
+    "although_behind": {"type": "bool", "default": False},
     "although_delayed": {"type": "bool", "default": False},
     "although_no_archive": {"type": "bool", "default": False},
     "timeout": {"type": "int", "default": 60},
@@ -436,8 +454,8 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     if state == "ready":
         return {**result, **turn.check_ready(upstream(params), params["max_lag"]).to_dict()}
     if state == "failover":
-        although, delayed = params["although_primary_answers"], params["although_delayed"]
-        return {**result, **turn.check_failover(upstream(params), although, delayed).to_dict()}
+        bear = Bear(params["although_primary_answers"], params["although_delayed"], params["although_behind"])
+        return {**result, **turn.check_failover(upstream(params), params["others"], bear).to_dict()}
     if state == "attached" and not check:
         found = turn.wait_attached()
         dropped = turn.drop_slots(params["stale_slots"], check)
