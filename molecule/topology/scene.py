@@ -33,13 +33,14 @@ while True:
 """
 
 
-def operator(situation: str, name: str, *arguments: str) -> str:
-    """The operator runs a playbook with the inventory of a situation, and it succeeds. Returns what it printed."""
+def operator(situation: str, name: str, *arguments: str, fails: bool = False) -> str:
+    """The operator runs a playbook with the inventory of a situation, and it succeeds, or is refused (``fails``).
+    Returns what it printed."""
     begun = time.monotonic()
     inventory = (ADDRESSES, str(CHECKOUT / "molecule/topology/inventories" / f"{situation}.yml"))
     answer = playbook(name, *arguments, inventory=inventory)
     print(f"{name} {' '.join(arguments)}: {time.monotonic() - begun:.1f} s, exit {answer.returncode}")
-    assert answer.returncode == 0, answer.stdout[-6000:] + answer.stderr[-2000:]
+    assert (answer.returncode != 0) == fails, answer.stdout[-6000:] + answer.stderr[-2000:]
     return answer.stdout
 
 

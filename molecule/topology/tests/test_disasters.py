@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,6 +72,14 @@ def follows(standby: str, primary: str) -> None:
     until(f"{standby} follows {primary}", caught_up)
 
 
+def test_second_run_of_site_changes_nothing_and_takes_less_than_a_minute() -> None:
+    begun = time.monotonic()
+    shown = operator("db1", "site")
+    seconds = time.monotonic() - begun
+    assert set(re.findall(r" changed=(\d+)", shown)) == {"0"}
+    assert seconds < 60
+
+
 def test_dropped_table_comes_back_by_a_restore_in_place_and_the_standby_follows(ledger: Ledger) -> None:
     primary = host("db1")
     sql(primary, "CREATE TABLE orders AS SELECT generate_series(1, 1000) AS n")
@@ -86,23 +95,13 @@ def test_dropped_table_comes_back_by_a_restore_in_place_and_the_standby_follows(
     assert len(words) == 1, found
 
     primary.check_output("systemctl stop %s", service(primary))
-    operator(
-        "db1",
-        "restore",
-        "-e",
-        "restore_confirm=shop",
-        "-e",
-        "restore_force=true",
-        "-e",
-        "restore_accept=true",
-        *words[0].split(),
-    )
+    typed = ("restore_confirm=shop", "restore_force=true", "restore_accept=true", "restore_rebuild_standbys=rewind")
+    operator("db1", "restore", *(word for pair in typed for word in ("-e", pair)), *words[0].split())
 
     assert sql(primary, "SELECT count(*) FROM orders") == "1000"
-    operator("db1", "site")
-    assert synchronous("db1") == RECEIVER
     follows("db2", "db1")
     assert sql(host("db2"), "SELECT count(*) FROM orders") == "1000"
+    until("commits wait for the receiver", lambda: synchronous("db1") == RECEIVER)
     archived_without_a_gap("db1", "db1")
     ledger.forget_after("db1")
     assert ledger.missing("db1") == set()
@@ -129,6 +128,39 @@ def test_repository_host_that_hangs_under_load_stops_no_commit_and_the_backlog_d
     assert ledger.missing("db1") == set()
 
 
+def test_switchover_loses_nothing_and_the_archive_follows(ledger: Ledger) -> None:
+    ledger.begin("db1")
+    ledger.work(2)
+    operator("db1", "switchover", "-e", "switchover_confirm=shop")
+    ledger.wait()
+
+    assert ledger.missing("db2") == set()
+    follows("db1", "db2")
+    operator("db2", "site")
+    until("commits wait for the receiver", lambda: synchronous("db2") == RECEIVER)
+    archived_without_a_gap("db2", "db2")
+
+
+def test_failover_from_a_server_that_died_and_its_return_as_a_standby(ledger: Ledger) -> None:
+    ledger.begin("db2")
+    ledger.work(2)
+    # Commits wait for the receiver and not for the standby, which may be a moment behind it.
+    ledger.end("db2")
+    follows("db1", "db2")
+    dead = host("db2")
+    dead.check_output("systemctl kill --kill-whom=all --signal=KILL %s", service(dead))
+    operator("db2", "promote", "-e", "promote_confirm=shop")
+
+    assert ledger.missing("db1") == set()
+    operator("db1", "site", "-e", "standby_rebuild=rewind")
+    follows("db2", "db1")
+    until("commits wait for the receiver", lambda: synchronous("db1") == RECEIVER)
+    archived_without_a_gap("db1", "db1")
+    ledger.begin("db1")
+    assert ledger.work(1) > 0
+    ledger.end("db1")
+
+
 def test_lost_host_of_the_primary_is_restored_on_the_spare_and_no_acknowledged_commit_is_lost(ledger: Ledger) -> None:
     ledger.begin("db1")
     ledger.work(3)
@@ -137,10 +169,10 @@ def test_lost_host_of_the_primary_is_restored_on_the_spare_and_no_acknowledged_c
     ledger.wait()
 
     typed = ("-e", "restore_confirm=shop", "-e", "restore_use_partial=true", "-e", "restore_accept=true")
-    operator("db3", "restore", *typed)
+    operator("db3", "restore", *typed, "-e", "restore_rebuild_standbys=rewind")
     assert ledger.missing("db3") == set()
     operator("db3", "site")
-    assert synchronous("db3") == RECEIVER
+    until("commits wait for the receiver", lambda: synchronous("db3") == RECEIVER)
     follows("db2", "db3")
     assert ledger.missing("db2") == set()
     archived_without_a_gap("db3", "db3")
@@ -165,3 +197,18 @@ def test_lost_repository_is_made_anew_and_its_window_begins_with_its_first_backu
     shown = json.loads(backup.check_output(f"cat {FOLDER}/backups/{after[0]}/backup.json"))
     assert shown
     assert ledger.missing("db3") == set()
+
+
+def test_standby_that_was_promoted_by_accident_is_refused_and_then_rewound(ledger: Ledger) -> None:
+    ledger.begin("db3")
+    accident = host("db2")
+    accident.check_output("su postgres -c %s", "psql -qAtX -c 'SELECT pg_promote()'")
+    sql(accident, "CREATE TABLE written_by_mistake ()")
+    assert ledger.work(1) > 0
+    refused = operator("db3", "standby", fails=True)
+    assert "standby_rebuild=rewind" in refused and sql(accident, "SELECT pg_is_in_recovery()") == "f"
+    operator("db3", "standby", "-e", "standby_rebuild=rewind")
+    follows("db2", "db3")
+    ledger.end("db3")
+    assert sql(accident, "SELECT to_regclass('written_by_mistake') IS NULL") == "t"
+    assert ledger.missing("db2") == set()
