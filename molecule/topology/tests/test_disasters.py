@@ -82,6 +82,7 @@ def test_second_run_of_site_changes_nothing_and_takes_less_than_a_minute() -> No
 
 def test_dropped_table_comes_back_by_a_restore_in_place_and_the_standby_follows(ledger: Ledger) -> None:
     primary = host("db1")
+    since = sql(primary, "SELECT to_json(now())").strip('"')
     sql(primary, "CREATE TABLE orders AS SELECT generate_series(1, 1000) AS n")
     ledger.begin("db1")
     ledger.work(2)
@@ -90,8 +91,8 @@ def test_dropped_table_comes_back_by_a_restore_in_place_and_the_standby_follows(
     ledger.end("db1")
     sql(primary, "SELECT pg_switch_wal()")
     until("it is archived", lambda: backlog("db1") == 0)
-    found = operator("db1", "find_target", "-e", '{"find_kinds": ["drop"]}')
-    words = re.findall(r"restore_with: (.+)", found)
+    found = operator("db1", "find_target", "-e", '{"find_kinds": ["drop"]}', "-e", f"find_since={since}")
+    words = re.findall(r"restore_with: ((?:-e \S+\s+)+)", found)
     assert len(words) == 1, found
 
     primary.check_output("systemctl stop %s", service(primary))
