@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,7 +15,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ansible_collections.pgdrill.pitr.molecule.shared.hosts import ADDRESSES, CHECKOUT, container, host, playbook, sql
+from ansible_collections.pgdrill.pitr.molecule.shared.hosts import (
+    ADDRESSES,
+    CHECKOUT,
+    CLUSTER,
+    container,
+    host,
+    playbook,
+    sql,
+)
 
 CLIENTS = 4
 
@@ -42,6 +52,17 @@ def operator(situation: str, name: str, *arguments: str, fails: bool = False) ->
     print(f"{name} {' '.join(arguments)}: {time.monotonic() - begun:.1f} s, exit {answer.returncode}")
     assert (answer.returncode != 0) == fails, answer.stdout[-6000:] + answer.stderr[-2000:]
     return answer.stdout
+
+
+def look_at_archive() -> dict[str, Any]:
+    """What the module archive_info says on the repository host."""
+    bin_dir = host("backup").check_output("ls -d /usr/lib/postgresql/*/bin").strip()
+    argv = ["ansible", "-i", ADDRESSES, "-i", str(CHECKOUT / "molecule/topology/inventories/db1.yml"), "backup"]
+    argv += ["-m", "pgdrill.pitr.archive_info", "-a", f"repository=/srv/pitr cluster={CLUSTER} bin_dir={bin_dir}"]
+    plain = {**os.environ, "ANSIBLE_CALLBACK_RESULT_FORMAT": "json", "ANSIBLE_NOCOLOR": "1"}
+    answer = subprocess.run(argv, env=plain, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return dict(json.loads(answer.stdout.partition("=>")[2]))
 
 
 def until(what: str, condition: Callable[[], Any], seconds: float = 60) -> Any:
