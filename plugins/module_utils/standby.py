@@ -72,7 +72,7 @@ class Local:
     in_recovery: bool = False
     signal: str = ""
     timeline: int = 0
-    lsn: Lsn = Lsn(0)
+    lsn: Lsn = field(default_factory=Lsn)
     begins: bool = False
     proven: bool = True
     empty_cluster: bool = False

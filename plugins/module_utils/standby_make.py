@@ -91,7 +91,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """What was done: ``moved_aside`` is where the old directory is now, or empty. ``changes`` are words for a person."""
+    """What was done: ``moved_aside`` is where the old directory is now, or empty. ``changes`` are for a person."""
 
     changed: bool
     moved_aside: str

@@ -11,8 +11,8 @@ module: standby
 short_description: Make a standby, and let it take over
 version_added: 0.3.0
 description:
-  - Looks at a data directory and at the primary, decides what has to be done so that a standby of it runs there, and does
-    it. A standby that follows its primary is left alone.
+  - Looks at a data directory and at the primary, decides what has to be done so that a standby of it runs there, and
+    does it. A standby that follows its primary is left alone.
   - A directory of another cluster, and one that has diverged from the primary, are refused by name before anything is
     touched.
   - Starts and stops no server; the role P(pgdrill.pitr.standby#role) does.
@@ -163,8 +163,8 @@ options:
     default: false
   others:
     description:
-      - With O(state=failover), how far each other standby, and the receiver, is (RV(known_lsn)), by name. Empty texts are
-        those of whom nothing is known.
+      - With O(state=failover), how far each other standby, and the receiver, is (RV(known_lsn)), by name. Empty texts
+        are those of whom nothing is known.
     type: dict
     default: {}
   although_behind:

@@ -31,8 +31,10 @@ def follows(hosts: Topology, standby: str, primary: str) -> None:
     hosts[primary].sql("UPDATE status SET number = number + 1")
     number = hosts[primary].value("SELECT number FROM status")
     until(
-        lambda: hosts[standby].value("SELECT to_regclass('status') IS NOT NULL")
-        and hosts[standby].value("SELECT number FROM status") == number,
+        lambda: (
+            hosts[standby].value("SELECT to_regclass('status') IS NOT NULL")
+            and hosts[standby].value("SELECT number FROM status") == number
+        ),
         "the standby",
     )
 
