@@ -257,6 +257,18 @@ def _told(upstream: Upstream) -> str:
     return ", ".join([*told, f"timeline {upstream.timeline}, now at {upstream.lsn}"])
 
 
+def check_slot(upstream: Upstream, decision: Decision, slot: str) -> Refusal | None:
+    """Whether the slot is there that a standby needs which is yet to be made."""
+    if decision.action == "none" or upstream.slot in ("free", "active"):
+        return None
+    what = "has no replication slot" if upstream.slot == "none" else "has lost the WAL of the replication slot"
+    return Refusal(
+        "slot_missing",
+        f"The primary {what} '{slot}' of this standby.",
+        "The playbooks site and standby make it on the primary.",
+    )
+
+
 def floors(wanted: Mapping[str, object], *least: Mapping[str, int]) -> dict[str, int]:
     """Settings that must be at least as high as the primary's (CheckRequiredParameterValues), where they are not.
 

@@ -138,6 +138,11 @@ options:
       - Compare a clone with its manifest.
     type: bool
     default: true
+  require_slot:
+    description:
+      - Whether a standby that is yet to be made is refused while its slot is not there.
+    type: bool
+    default: true
   stale_slots:
     description:
       - With O(state=attached), names of physical slots to drop on this server when nobody uses them, such as those of
@@ -357,6 +362,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "wal_command": {"type": "path", "required": True},
     "identity": {"type": "path"},
     "verify": {"type": "bool", "default": True},
+    "require_slot": {"type": "bool", "default": True},
     "stale_slots": {"type": "list", "elements": "str", "default": []},
     "max_lag": {"type": "int", "default": 16777216},
     "shutdown_lsn": {"type": "str", "default": ""},
@@ -409,6 +415,7 @@ def request(params: dict[str, Any]) -> Request:
         identity=os.path.abspath(params["identity"]) if params["identity"] else "",
         ssh=ssh_settings(params),
         verify=params["verify"],
+        require_slot=params["require_slot"],
     )
 
 
