@@ -497,7 +497,7 @@ def test_promotion_waits_for_the_shutdown_checkpoint(pair: Callable[..., Pair]) 
     here.make()
     here.run()
     turn = Turn(here.server.login, str(here.server.data), here.primary.bin_dir, timeout=1)
-    with pytest.raises(PitrError, match="has not come within 1 seconds. It was not promoted") as caught:
+    with pytest.raises(PitrError, match=r"has not come within 1 seconds\. It was not promoted") as caught:
         turn.promote("F/0", (), False)
     assert caught.value.detail["still_standby"]
     assert here.turn.state().in_recovery
