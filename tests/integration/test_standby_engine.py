@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.pgdrill.pitr.plugins.module_utils import recovery_conf, settings
+from ansible_collections.pgdrill.pitr.plugins.module_utils import combine, locks, recovery_conf, settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.extract import IN_PROGRESS, PG_CONTROL
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login, control_data
@@ -660,3 +660,16 @@ def test_waiting_for_a_standby_that_cannot_attach_tells_its_log(pair: Callable[.
     here.server.stop()
     with pytest.raises(PitrError, match="is not running"):
         here.turn.wait_attached()
+
+
+def test_clone_is_not_begun_while_another_one_writes(pair: Callable[..., Pair]) -> None:
+    """What a killed run has left may be a pg_basebackup that goes on."""
+    here = pair()
+    scratch = here.server.data / combine.SCRATCH
+    scratch.mkdir(parents=True)
+    lock = locks.hold_directory(str(scratch))
+    try:
+        with pytest.raises(PitrError, match="Something still writes into"):
+            here.make()
+    finally:
+        os.close(lock)
