@@ -97,13 +97,13 @@ def reader_access(settings: dict[str, Any], identity: str) -> dict[str, str]:
     return access
 
 
-def may_stream() -> bool:
-    """Whether the server that calls is a standby, for which a failure need not be its end: it streams, and asks again.
+def recovers_to_target() -> bool:
+    """Whether the server that calls, in its data directory, is no standby: the end of the archive ends its recovery.
 
-    Told by its signal files; PostgreSQL calls in its data directory. Elsewhere the end of the archive ends the
-    recovery, and a failure must not be taken for it.
+    Told by recovery.signal, and not by the absence of standby.signal: a standby that is being promoted has removed that
+    when it asks for the last time, and would be down for good if it were not answered (StartupXLOG).
     """
-    return os.path.exists("standby.signal") and not os.path.lexists("recovery.signal")
+    return os.path.lexists("recovery.signal")
 
 
 def main(argv: list[str]) -> int:
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
         options, rest = fast.arguments_of(argv)
         if verb == "get" and len(rest) == 3 and not options.keys() - fast.GET_OPTIONS:
             cluster, name, target = rest
-            failed = ABSENT if "lenient" in options and may_stream() else FAILED
+            failed = ABSENT if "lenient" in options and not recovers_to_target() else FAILED
             settings, raw = configured(folder, cluster)
             access = reader_access(settings, options.get("identity", ""))
             identifier, lease = options.get("system-identifier"), options.get("lease")

@@ -72,7 +72,7 @@ class Local:
     in_recovery: bool = False
     signal: str = ""
     timeline: int = 0
-    lsn: Lsn = Lsn(0)
+    lsn: Lsn = field(default_factory=Lsn)
     begins: bool = False
     proven: bool = True
     empty_cluster: bool = False
@@ -259,6 +259,18 @@ def _told(upstream: Upstream) -> str:
     spans = ancestry(upstream.timeline, list(upstream.history))
     told = [f"timeline {span.timeline} to {span.end}" for span in spans[:-1]]
     return ", ".join([*told, f"timeline {upstream.timeline}, now at {upstream.lsn}"])
+
+
+def check_slot(upstream: Upstream, decision: Decision, slot: str) -> Refusal | None:
+    """Whether the slot is there that a standby needs which is yet to be made."""
+    if decision.action == "none" or upstream.slot in ("free", "active"):
+        return None
+    what = "has no replication slot" if upstream.slot == "none" else "has lost the WAL of the replication slot"
+    return Refusal(
+        "slot_missing",
+        f"The primary {what} '{slot}' of this standby.",
+        "The playbooks site and standby make it on the primary.",
+    )
 
 
 def floors(wanted: Mapping[str, object], *least: Mapping[str, int]) -> dict[str, int]:

@@ -152,8 +152,8 @@ def _ask(login: Login, pgdata: str, current: int) -> dict[str, Any]:
             return {**facts, **_replayed(connection, current)}
     except PitrError as error:
         raise PitrError(
-            f"A server runs in {pgdata} and does not answer, so that nothing is known of it: {error.message} Nothing was"
-            " changed."
+            f"A server runs in {pgdata} and does not answer, so that nothing is known of it: {error.message} Nothing"
+            " was changed."
         ) from None
 
 

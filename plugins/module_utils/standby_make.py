@@ -34,16 +34,17 @@ from .postgres import (
     running_pid,
     shell_command,
 )
-from .repository import write_atomic, write_json
+from .repository import ClusterFolder, write_atomic, write_json
 from .request import Request as RestoreRequest
 from .restore import Restore
 from .settings import render, write
-from .standby import INTRO, Decision, Local, Upstream, decide, floors
+from .standby import INTRO, Decision, Local, Upstream, check_slot, decide, floors
 from .standby_look import RECOVERY_SIGNAL, REWINDING, STANDBY_SIGNAL, look_local, look_upstream
 from .tree import fsync_directory
 from .unfinished import empty, left_behind, remove_incomplete
 from .upstream import Primary
 from .upstream import Settings as ConnectionSettings
+from .wal import WalFile, history_name
 
 # Settings that are the standby's alone and lie in its one file; what ALTER SYSTEM says of them would win.
 OWN = (
@@ -84,6 +85,7 @@ class Request:
     identity: str = ""
     ssh: Mapping[str, str] = field(default_factory=dict)
     verify: bool = True
+    require_slot: bool = True
 
     @property
     def configuration(self) -> str:
@@ -93,7 +95,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """What was done: ``moved_aside`` is where the old directory is now, or empty. ``changes`` are words for a person."""
+    """What was done: ``moved_aside`` is where the old directory is now, or empty. ``changes`` are for a person."""
 
     changed: bool
     moved_aside: str
@@ -107,6 +109,7 @@ class Standby:
         self._request = request
         self.upstream: Upstream
         self.local: Local
+        self._stray: bool | None = None
 
     # --- looking
 
@@ -120,6 +123,8 @@ class Standby:
             self.local = replace(self.local, empty_cluster=True)
         major = binary_version(request.bin_dir)
         found = decide(self.local, self.upstream, request.rebuild, request.pgdata, major, request.replace_empty)
+        if isinstance(found, Decision) and request.require_slot:
+            found = check_slot(self.upstream, found, request.slot) or found
         if isinstance(found, Refusal):
             raise RefusedError([found], INTRO)
         return found
@@ -143,9 +148,26 @@ class Standby:
             "primary_conninfo": self._conninfo(),
             "primary_slot_name": request.slot,
             "restore_command": shell_command(fetch, ["%f", "%p"]),
-            "recovery_target_timeline": "latest",
+            "recovery_target_timeline": self._timeline(),
             "hot_standby": "on",
         }
+
+    def _timeline(self) -> str:
+        """``latest``, or the primary's by its number where the archive has one that ``latest`` would take instead.
+
+        Such a one is left by a standby that was promoted by accident: the server looks for history files upwards from
+        the timeline that it is on (findNewestTimeLine), and would follow that one, away from the primary.
+        """
+        if self._stray is None:
+            request = self._request
+            self._stray = False
+            # An archive that does not answer now is no reason to touch a standby that follows.
+            with contextlib.suppress(PitrError, OSError):
+                folder = ClusterFolder.open(request.repository, request.cluster, request.ssh)
+                chapter = folder.require(self.upstream.system_identifier)
+                path = folder.wal_path(WalFile.parse(history_name(self.upstream.timeline + 1)), chapter)
+                self._stray = folder.tree.exists(path)
+        return str(self.upstream.timeline) if self._stray else "latest"
 
     def _conninfo(self) -> str:
         """How the standby connects. The password is in the passfile."""
@@ -235,6 +257,7 @@ class Standby:
             bin_dir=request.bin_dir,
             wal_command=request.wal_command,
             config_dir=request.config_dir,
+            target_options={"recovery_target_timeline": str(self.upstream.timeline)},
             tablespace_mapping=request.tablespace_mapping,
             force=decision.aside,
             archive_after="same",
@@ -262,7 +285,6 @@ class Standby:
         """pg_basebackup into the directory, where it is not seen before it is whole."""
         request = self._request
         pgdata = request.pgdata
-        self._check_slot()
         killed = left_behind(pgdata, self.upstream.system_identifier) or {}
         moved_aside = str(killed.get("moved_aside") or "")
         self._clear(killed)
@@ -294,15 +316,6 @@ class Standby:
             self._forget(moved_aside, was_there)
             raise
         return moved_aside
-
-    def _check_slot(self) -> None:
-        state = self.upstream.slot
-        if state in ("none", "lost"):
-            what = "has no replication slot" if state == "none" else "has lost the WAL of the replication slot"
-            raise PitrError(
-                f"The primary {what} '{self._request.slot}' for this standby. The playbooks site and standby make it;"
-                " nothing was touched."
-            )
 
     def _clear(self, killed: Mapping[str, Any]) -> None:
         """What a killed clone has left."""
@@ -436,7 +449,12 @@ class Standby:
         for name in signals:
             os.unlink(os.path.join(working, name))
         argv = [binary(self._request.bin_dir, "postgres"), "--single", "-F", "-D", working]
-        run([*argv, "-c", f"config_file={config}", "template1"])
+        try:
+            run([*argv, "-c", f"config_file={config}", "template1"])
+        except PitrError:
+            # It has recovered before it looks for the database, which somebody may have dropped.
+            if control_data(self._request.bin_dir, working).state != "shut down":
+                raise
 
 
 def _escaped(path: str) -> str:

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A running standby: does it follow, could it take over, and does it. And an old primary that must not come back as one.
+"""A running standby: does it follow, could it take over, and does it. And an old primary that must not come back.
 
 What is waited for is told by positions, never by time: a standby has everything of a primary that was stopped when it
 has replayed the primary's shutdown checkpoint.
@@ -62,9 +62,7 @@ def _number(lsn: str) -> int:
 
 @dataclass(frozen=True)
 class Bear:
-    """What somebody has decided to bear in a failover: that the primary answers, that the standby replays late on purpose,
-    that another one has more.
-    """
+    """What somebody bears in a failover: the primary answers, the standby replays late, another one has more."""
 
     answers: bool = False
     delayed: bool = False
@@ -141,9 +139,9 @@ class Turn:
                 said = f" It has replayed to {state.replayed_lsn or 'nothing yet'}."
             time.sleep(LOOK_SECONDS)
         raise PitrError(
-            f"The standby in {self._pgdata} does not stream from its primary after {self._timeout:g} seconds; it goes on"
-            f" trying.{said} When the log says that WAL was removed, and the archive has it not either, stop it, move"
-            f" its directory away, and let it be cloned anew.{self._log()}"
+            f"The standby in {self._pgdata} does not stream from its primary after {self._timeout:g} seconds; it goes"
+            f" on trying.{said} When the log says that WAL was removed, and the archive has it not either, stop it,"
+            f" move its directory away, and let it be cloned anew.{self._log()}"
         )
 
     def check_ready(self, upstream: Login, max_lag: int) -> State:
@@ -262,8 +260,8 @@ class Turn:
             done = query(connection, "SELECT pg_promote(true, %s)", (max(int(self._timeout), 1),))[0][0]
         if not done:
             raise PitrError(
-                f"The standby in {self._pgdata} has not ended its recovery within {self._timeout:g} seconds; it goes on."
-                f" Run it again.{self._log()}"
+                f"The standby in {self._pgdata} has not ended its recovery within {self._timeout:g} seconds; it"
+                f" goes on. Run it again.{self._log()}"
             )
         return True, self._timeline()
 
@@ -282,7 +280,7 @@ class Turn:
             time.sleep(LOOK_SECONDS)
 
     def _check_archive(self, restore_command: Sequence[str], timeline: int) -> None:
-        """The archive can be asked: without an answer a promoted standby could take a timeline that is taken already."""
+        """The archive can be asked: without an answer a promoted standby could take a timeline that others have."""
         path = os.path.join(self._pgdata, "pg_wal", "RECOVERYHISTORY.pitr")
         try:
             run([*restore_command, history_name(timeline + 1), path])

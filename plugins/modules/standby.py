@@ -11,8 +11,8 @@ module: standby
 short_description: Make a standby, and let it take over
 version_added: 0.3.0
 description:
-  - Looks at a data directory and at the primary, decides what has to be done so that a standby of it runs there, and does
-    it. A standby that follows its primary is left alone.
+  - Looks at a data directory and at the primary, decides what has to be done so that a standby of it runs there, and
+    does it. A standby that follows its primary is left alone.
   - A directory of another cluster, and one that has diverged from the primary, are refused by name before anything is
     touched.
   - Starts and stops no server; the role P(pgdrill.pitr.standby#role) does.
@@ -144,6 +144,11 @@ options:
       - Compare a clone with its manifest.
     type: bool
     default: true
+  require_slot:
+    description:
+      - Whether a standby that is yet to be made is refused while its slot is not there.
+    type: bool
+    default: true
   stale_slots:
     description:
       - With O(state=attached), names of physical slots to drop on this server when nobody uses them, such as those of
@@ -169,8 +174,8 @@ options:
     default: false
   others:
     description:
-      - With O(state=failover), how far each other standby, and the receiver, is (RV(known_lsn)), by name. Empty texts are
-        those of whom nothing is known.
+      - With O(state=failover), how far each other standby, and the receiver, is (RV(known_lsn)), by name. Empty texts
+        are those of whom nothing is known.
     type: dict
     default: {}
   although_behind:
@@ -369,6 +374,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "wal_command": {"type": "path", "required": True},
     "identity": {"type": "path"},
     "verify": {"type": "bool", "default": True},
+    "require_slot": {"type": "bool", "default": True},
     "stale_slots": {"type": "list", "elements": "str", "default": []},
     "max_lag": {"type": "int", "default": 16777216},
     "shutdown_lsn": {"type": "str", "default": ""},
@@ -422,6 +428,7 @@ def request(params: dict[str, Any]) -> Request:
         identity=os.path.abspath(params["identity"]) if params["identity"] else "",
         ssh=ssh_settings(params),
         verify=params["verify"],
+        require_slot=params["require_slot"],
     )
 
 
