@@ -3307,4 +3307,11 @@ MUTATIONS = (
         "if _STALE.match(name)):",
         f"{STANDBY_ENGINE}::test_limits_are_at_least_the_primarys_and_what_alter_system_said_is_gone",
     ),
+    _mutation(
+        "any cluster that was seen to be empty is this one",
+        "standby_make",
+        "self.local.system_identifier == request.empty_cluster and not running",
+        "request.empty_cluster and not running",
+        f"{STANDBY_ENGINE}::test_empty_cluster_that_has_run_for_a_while_is_known_by_what_its_server_has_told",
+    ),
 )
