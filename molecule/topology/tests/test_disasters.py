@@ -139,7 +139,6 @@ def test_switchover_loses_nothing_and_the_archive_follows(ledger: Ledger) -> Non
 
     assert ledger.missing("db2") == set()
     follows("db1", "db2")
-    operator("db2", "site")
     until("commits wait for the receiver", lambda: synchronous("db2") == RECEIVER)
     archived_without_a_gap("db2")
 
