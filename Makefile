@@ -42,7 +42,7 @@ exactness: ## every kind of target at every boundary of a long life, two thousan
 mutation: ## take away the engine's guards one by one: a test must notice each
 	@$(SANDBOX) mutation --pg '$(PG)' $(ARGS)
 
-molecule: ## the roles on real systemd hosts (containers of podman; root); ARGS='default'
+molecule: ## the roles on real systemd hosts (containers of podman; root), all scenarios or ARGS='default topology'
 	@$(SANDBOX) molecule $(ARGS)
 
 lint: ## ansible-lint (production profile), ruff, shellcheck

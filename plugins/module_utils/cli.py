@@ -12,6 +12,7 @@ number: an interpreter that cannot start, or a crash of Python, exits 1, and Pos
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 from . import ahead, fast
@@ -26,7 +27,7 @@ ABSENT = 79
 FAILED = 1
 USAGE = (
     "usage: pitr-wal push CLUSTER PATH"
-    " | pitr-wal get [--system-identifier=N] [--identity=PATH] [--lease=L] CLUSTER NAME TARGET"
+    " | pitr-wal get [--system-identifier=N] [--identity=PATH] [--lease=L] [--lenient] CLUSTER NAME TARGET"
     " | pitr-wal receive CLUSTER"
     " | pitr-wal serve --read|--write CLUSTER [REPOSITORY]"
 )
@@ -96,9 +97,19 @@ def reader_access(settings: dict[str, Any], identity: str) -> dict[str, str]:
     return access
 
 
+def recovers_to_target() -> bool:
+    """Whether the server that calls, in its data directory, is no standby: the end of the archive ends its recovery.
+
+    Told by recovery.signal, and not by the absence of standby.signal: a standby that is being promoted has removed that
+    when it asks for the last time, and would be down for good if it were not answered (StartupXLOG).
+    """
+    return os.path.lexists("recovery.signal")
+
+
 def main(argv: list[str]) -> int:
     """Run one command; ``argv`` is the installation's folder and then what PostgreSQL passed. Returns the exit code."""
     verb = argv[1] if len(argv) > 1 else ""
+    failed = FAILED
     try:
         folder, arguments = argv[0], argv[2:]
         if verb == "push" and len(arguments) == 2:
@@ -120,6 +131,7 @@ def main(argv: list[str]) -> int:
         options, rest = fast.arguments_of(argv)
         if verb == "get" and len(rest) == 3 and not options.keys() - fast.GET_OPTIONS:
             cluster, name, target = rest
+            failed = ABSENT if "lenient" in options and not recovers_to_target() else FAILED
             settings, raw = configured(folder, cluster)
             access = reader_access(settings, options.get("identity", ""))
             identifier, lease = options.get("system-identifier"), options.get("lease")
@@ -142,4 +154,4 @@ def main(argv: list[str]) -> int:
         sys.stderr.write(
             f"pitr-wal {verb}: {error.filename or ''}: {error.strerror}. Not done; nothing was replaced.\n"
         )
-    return FAILED
+    return failed

@@ -43,7 +43,7 @@ PATIENCE = 60.0
 # What a note can be, or what is around it, that makes it worth nothing.
 ERRORS = (OSError, ValueError, KeyError)
 # Options of get. A note is for exactly those that the segment was fetched with.
-GET_OPTIONS = frozenset(("system-identifier", "identity", "lease"))
+GET_OPTIONS = frozenset(("system-identifier", "identity", "lease", "lenient"))
 
 
 def _join(folder: str, *names: str) -> str:

@@ -21,7 +21,7 @@ from .serverlog import tail as log_tail
 @dataclass(frozen=True)
 class Status:
     """``port`` as the running server has written it down, else 0. ``data_checksums``: whether pages have checksums,
-    None where there is no cluster."""
+    None where there is no cluster. ``standby``: it is, or will come up as, a standby."""
 
     exists: bool
     running: bool
@@ -29,6 +29,7 @@ class Status:
     port: int
     system_identifier: str
     data_checksums: bool | None = None
+    standby: bool = False
 
 
 class Instance:
@@ -54,7 +55,8 @@ class Instance:
         if exists and os.path.exists(os.path.join(self._pgdata, "global", "pg_control")):
             control = control_data(self._bin_dir, self._pgdata)
             identifier, checksums = control.system_identifier, control.data_checksums
-        return Status(exists, bool(pid), pid, port, identifier, checksums)
+        standby = exists and os.path.exists(os.path.join(self._pgdata, "standby.signal"))
+        return Status(exists, bool(pid), pid, port, identifier, checksums, standby)
 
     def initialize(self, options: Sequence[str]) -> None:
         """Run initdb. Raises PitrError when it fails; initdb then removes what it made."""

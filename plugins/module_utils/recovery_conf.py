@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from . import keep_out
@@ -91,6 +91,35 @@ def write(config_dir: str, pgdata: str, settings: Mapping[str, str], plan: Mappi
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(pgdata, "standby.signal"))
     write_atomic(os.path.join(pgdata, "recovery.signal"), b"")
+
+
+def stand_by(config_dir: str, pgdata: str, names: Collection[str] = (), check: bool = False) -> list[str]:
+    """Leave exactly one signal file, standby.signal, and nothing in postgresql.auto.conf that would win over ``names``.
+
+    Whatever a recovery to a target has set is gone, too. Returns what was (or would be) changed, as words for a person.
+    """
+    done = []
+    if os.path.exists(include_path(config_dir)):
+        done.append(f"{include_path(config_dir)} of a recovery to a target removed")
+        if not check:
+            discard(config_dir)
+    found = {name for name, _value in parse_settings(_read_auto_conf(pgdata))}
+    for name in sorted(name for name in found if name in names or _STALE.match(name)):
+        done.append(f"{name} taken out of postgresql.auto.conf")
+    if not check:
+        _take_out(pgdata, set(names))
+    if os.path.lexists(os.path.join(pgdata, "recovery.signal")):
+        done.append("recovery.signal removed")
+    if not os.path.exists(os.path.join(pgdata, "standby.signal")):
+        done.append("standby.signal made")
+    if not check:
+        # In this order: at no moment is there no signal file, with which a server would come up as a primary.
+        if not os.path.exists(os.path.join(pgdata, "standby.signal")):
+            write_atomic(os.path.join(pgdata, "standby.signal"), b"")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(pgdata, "recovery.signal"))
+            fsync_directory(pgdata)
+    return done
 
 
 def _auto_conf(pgdata: str) -> str:

@@ -50,6 +50,8 @@ class Request:
     dead_pg_wal: str = "auto"
     # How a repository on another host is reached: the settings of remote.SshTree.
     ssh: Mapping[str, str] = field(default_factory=dict)
+    # What is restored becomes a standby: standby.signal, and no settings of a recovery to a target.
+    standby: bool = False
     # Number of the chapter to restore from; the newest one when None.
     chapter: int | None = None
 

@@ -391,6 +391,10 @@ class Restore:
 
     def _write_settings(self, result: RestorePlan, lease: str, raised: Mapping[str, str] | None = None) -> None:
         """The include file, with the plan and what is needed to undo it."""
+        if self._request.standby:
+            # Its settings are those of any standby (standby_make.py); where no server has run yet, none are needed.
+            recovery_conf.stand_by(self._request.configuration, self._request.pgdata)
+            return
         document = self._recorded(result)
         if self._hba_file:
             document["hba_file"] = self._hba_file
@@ -423,6 +427,8 @@ class Restore:
     def _check_effective(self, result: RestorePlan, lease: str) -> None:
         """Ask the server's own parser what it would use; raise floors that pg_control demands (design rule 7)."""
         request = self._request
+        if request.standby:
+            return
         floors = control_data(request.bin_dir, request.pgdata).floors
         checked = ("restore_command", "recovery_target_timeline", "archive_mode")
         # Each answer is a start of the server's program.

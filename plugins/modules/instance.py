@@ -114,6 +114,11 @@ data_checksums:
   returned: success
   type: bool
   sample: true
+standby:
+  description: Whether it is, or will come up as, a standby (standby.signal).
+  returned: success
+  type: bool
+  sample: false
 seconds:
   description: How long the module took.
   returned: success

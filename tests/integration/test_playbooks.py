@@ -365,7 +365,8 @@ def test_restore_in_place_to_a_point_in_time(fresh: Site) -> None:
     server.sql("SELECT pg_switch_wal()")
     server.stop()
     identifier = server.system_identifier
-    variables = {"restore_target_name": "before the mistake", "restore_force": True, "restore_accept": True}
+    # As text, which is what -e restore_accept=true makes of it.
+    variables = {"restore_target_name": "before the mistake", "restore_force": "true", "restore_accept": "true"}
     files = fingerprint(fresh.run_dir / "primary", fresh.repository)
     fresh.succeed("restore", "--check", **variables)
     assert fingerprint(fresh.run_dir / "primary", fresh.repository) == files

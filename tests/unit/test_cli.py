@@ -418,3 +418,23 @@ def test_call_that_is_none_does_nothing_but_say_so(
 def test_settings_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(PitrError, match=f"{tmp_path}/other.json cannot be read"):
         cli.configuration(str(tmp_path), "other")
+
+
+def test_lenient_get_tells_a_standby_that_there_is_nothing_and_a_recovery_that_it_failed(host: Host) -> None:
+    hole = wal_name(1, 4)
+    assert host.get(hole).returncode == 200
+    standby = host.get(hole, "--lenient")
+    assert standby.returncode == 1 and "the archive has a hole" in standby.stderr
+    (host.repository / MARKER).unlink()
+    assert host.get(wal_name(1, 5), "--lenient").returncode == 1
+    # Both signal files: whoever left them, it is not for us to say which one is meant.
+    for name in ("standby.signal", "recovery.signal"):
+        (host.pgdata / name).touch()
+    assert host.get(hole, "--lenient").returncode == 200
+    (host.pgdata / "standby.signal").unlink()
+    assert host.get(wal_name(1, 5), "--lenient").returncode == 200
+
+
+def test_lenient_get_fetches_what_is_there(host: Host) -> None:
+    assert host.get(wal_name(1, 5), "--lenient").returncode == 0
+    assert (host.pg_wal / "RECOVERYXLOG").read_bytes() == segment(1, 5)

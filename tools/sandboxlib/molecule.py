@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from .drill import environment
 from .layout import Layout, lock
@@ -54,9 +55,15 @@ def _podman_answers() -> str:
     return f"the hosts of molecule need podman, and `podman --runtime runc info` fails: {last}"
 
 
+def everything(checkout: Path) -> list[str]:
+    """The names of all scenarios, `default` first: what fails there fails in the others, too."""
+    names = {path.parent.name for path in checkout.glob("molecule/*/molecule.yml")}
+    return sorted(names, key=lambda name: (name != "default", name))
+
+
 def run(layout: Layout, arguments: Sequence[str]) -> int:
-    """Run scenarios; ``arguments`` are their names (`default` without any), and may begin with one of molecule's
-    commands instead of `test`. Returns the first exit code but 0; 1 as well when the machine cannot run the hosts."""
+    """Run scenarios; ``arguments`` are their names (all without any), and may begin with one of molecule's commands
+    instead of `test`. Returns the first exit code but 0; 1 as well when the machine cannot run the hosts."""
     reason = obstacle()
     if reason:
         problem(reason)
@@ -64,11 +71,8 @@ def run(layout: Layout, arguments: Sequence[str]) -> int:
     words = list(arguments)
     sequence = words.pop(0) if words and words[0] in _SEQUENCES else "test"
     options = [word for word in words if word.startswith("-")]
-    scenarios = [word for word in words if not word.startswith("-")] or ["default"]
+    scenarios = [word for word in words if not word.startswith("-")] or everything(layout.checkout)
     env = environment(layout)
-    # Names of containers and networks are the machine's; two checkouts do not share them.
-    env["PGDRILL_MOLECULE"] = layout.key
-    env["MOLECULE_EPHEMERAL_DIRECTORY"] = str(layout.root / "molecule")
     # molecule writes a configuration of its own for Ansible.
     env.pop("ANSIBLE_CONFIG")
     for name in ("REMOTE_TMP", "SYSTEM_TMPDIRS", "ASYNC_DIR"):
@@ -76,7 +80,11 @@ def run(layout: Layout, arguments: Sequence[str]) -> int:
     with lock(layout, "molecule", f"molecule is running already in {layout.root}; wait for it to end"):
         for scenario in scenarios:
             step(f"molecule {sequence}: {scenario} …")
-            argv = [*layout.command("molecule"), sequence, "--scenario-name", scenario, *options]
+            # Names of containers and networks are the machine's; two checkouts do not share them, nor two scenarios.
+            env["PGDRILL_MOLECULE"] = f"{layout.key}-{scenario}"
+            env["MOLECULE_EPHEMERAL_DIRECTORY"] = str(layout.root / "molecule" / scenario)
+            argv = [*layout.command("molecule"), "--base-config", "molecule/shared/base.yml"]
+            argv += [sequence, "--scenario-name", scenario, *options]
             # No Supervisor: what watches over the containers has to outlive `create` and `converge`.
             code = subprocess.call(argv, env=env, cwd=layout.checkout, stdin=subprocess.DEVNULL)
             if code != 0:

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from sandboxlib.molecule import why_not
+from pathlib import Path
+
+from sandboxlib.molecule import everything, why_not
 
 
 def test_ordinary_user_is_told_that_root_is_needed() -> None:
@@ -24,3 +26,11 @@ def test_podman_that_does_not_answer_is_the_reason() -> None:
 
 def test_machine_with_everything_can() -> None:
     assert why_not(0, lambda _program: True, lambda: "") == ""
+
+
+def test_every_directory_with_a_scenario_in_it_is_run_and_default_first(tmp_path: Path) -> None:
+    for name in ("topology", "default", "bookworm", "shared"):
+        (tmp_path / "molecule" / name).mkdir(parents=True)
+        if name != "shared":
+            (tmp_path / "molecule" / name / "molecule.yml").touch()
+    assert everything(tmp_path) == ["default", "bookworm", "topology"]

@@ -1,0 +1,216 @@
+# Copyright (c) 2026, pgdrill.pitr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Disasters, one after the other on the same hosts, each ended by what an operator types. Clients commit meanwhile, and
+write down what was acknowledged to them.
+
+The order matters: a test begins with what the one before it has left.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from ansible_collections.pgdrill.pitr.molecule.shared.hosts import (
+    CLUSTER,
+    FOLDER,
+    container,
+    host,
+    service,
+    sql,
+)
+from ansible_collections.pgdrill.pitr.molecule.topology.scene import Ledger, look_at_archive, operator, until
+
+RECEIVER = f"pitr_{CLUSTER}"
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
+    with Ledger(tmp_path_factory.mktemp("ledger")) as clients:
+        yield clients
+
+
+@pytest.fixture(scope="module")
+def backup() -> Any:
+    return host("backup")
+
+
+def synchronous(primary: str) -> str:
+    """Who the primary's commits wait for."""
+    return sql(host(primary), "SELECT application_name FROM pg_stat_replication WHERE sync_state = 'sync'")
+
+
+def backlog(primary: str) -> int:
+    """Segments that wait to be archived."""
+    return int(sql(host(primary), "SELECT count(*) FROM pg_ls_archive_statusdir() WHERE name LIKE '%.ready'"))
+
+
+def archived_without_a_gap(primary: str) -> None:
+    """The archive has the way to the primary's present timeline, and no hole in it."""
+    sql(host(primary), "SELECT pg_switch_wal()")
+    until("everything is archived", lambda: backlog(primary) == 0)
+    timeline = int(sql(host(primary), "SELECT timeline_id FROM pg_control_checkpoint()"))
+    found = look_at_archive()
+    assert found["gaps"] == [], found["gaps"]
+    assert found["last_segment"].startswith(f"{timeline:08X}"), (timeline, found["last_segment"])
+    assert timeline in [entry["timeline"] for entry in found["timelines"]]
+
+
+def follows(standby: str, primary: str) -> None:
+    """The standby streams from the primary and has what it has."""
+
+    def caught_up() -> bool:
+        end = sql(host(primary), "SELECT pg_current_wal_flush_lsn()")
+        streams = "SELECT count(*) FROM pg_stat_wal_receiver WHERE status = 'streaming'"
+        return sql(host(standby), f"{streams} AND pg_last_wal_replay_lsn() >= '{end}'") == "1"
+
+    until(f"{standby} follows {primary}", caught_up)
+
+
+def test_second_run_of_site_changes_nothing_and_takes_less_than_a_minute() -> None:
+    begun = time.monotonic()
+    shown = operator("db1", "site")
+    seconds = time.monotonic() - begun
+    assert set(re.findall(r" changed=(\d+)", shown)) == {"0"}
+    assert seconds < 60
+
+
+def test_dropped_table_comes_back_by_a_restore_in_place_and_the_standby_follows(ledger: Ledger) -> None:
+    primary = host("db1")
+    since = sql(primary, "SELECT to_json(now())").strip('"')
+    sql(primary, "CREATE TABLE orders AS SELECT generate_series(1, 1000) AS n")
+    ledger.begin("db1")
+    ledger.work(2)
+    sql(primary, "DROP TABLE orders")
+    ledger.work(1)
+    ledger.end("db1")
+    sql(primary, "SELECT pg_switch_wal()")
+    until("it is archived", lambda: backlog("db1") == 0)
+    found = operator("db1", "find_target", "-e", '{"find_kinds": ["drop"]}', "-e", f"find_since={since}")
+    words = re.findall(r"restore_with: ((?:-e \S+\s+)+)", found)
+    assert len(words) == 1, found
+
+    primary.check_output("systemctl stop %s", service(primary))
+    typed = ("restore_confirm=shop", "restore_force=true", "restore_accept=true", "restore_rebuild_standbys=rewind")
+    operator("db1", "restore", *(word for pair in typed for word in ("-e", pair)), *words[0].split())
+
+    assert sql(primary, "SELECT count(*) FROM orders") == "1000"
+    follows("db2", "db1")
+    assert sql(host("db2"), "SELECT count(*) FROM orders") == "1000"
+    until("commits wait for the receiver", lambda: synchronous("db1") == RECEIVER)
+    archived_without_a_gap("db1")
+    ledger.forget_after("db1")
+    assert ledger.missing("db1") == set()
+
+
+def test_repository_host_that_hangs_under_load_stops_no_commit_and_the_backlog_drains(
+    ledger: Ledger, backup: Any
+) -> None:
+    ledger.begin("db1")
+    subprocess.run(["podman", "pause", container("backup")], check=True)
+    try:
+        until("commits wait for the standby instead", lambda: synchronous("db1") == "db2")
+        assert ledger.work(3) > 0
+        for _segment in range(4):
+            sql(host("db1"), "SELECT pg_switch_wal()")
+            assert ledger.work(1) > 0
+        assert backlog("db1") >= 4
+    finally:
+        subprocess.run(["podman", "unpause", container("backup")], check=True)
+    until("the backlog is archived", lambda: backlog("db1") == 0, 120)
+    until("commits wait for the receiver again", lambda: synchronous("db1") == RECEIVER, 120)
+    ledger.end("db1")
+    archived_without_a_gap("db1")
+    assert ledger.missing("db1") == set()
+
+
+def test_switchover_loses_nothing_and_the_archive_follows(ledger: Ledger) -> None:
+    ledger.begin("db1")
+    ledger.work(2)
+    operator("db1", "switchover", "-e", "switchover_confirm=shop")
+    ledger.wait()
+
+    assert ledger.missing("db2") == set()
+    follows("db1", "db2")
+    until("commits wait for the receiver", lambda: synchronous("db2") == RECEIVER)
+    archived_without_a_gap("db2")
+
+
+def test_failover_from_a_server_that_died_and_its_return_as_a_standby(ledger: Ledger) -> None:
+    ledger.begin("db2")
+    ledger.work(2)
+    # Commits wait for the receiver and not for the standby, which may be a moment behind it.
+    ledger.end("db2")
+    follows("db1", "db2")
+    dead = host("db2")
+    dead.check_output("systemctl kill --kill-whom=all --signal=KILL %s", service(dead))
+    operator("db2", "promote", "-e", "promote_confirm=shop")
+
+    assert ledger.missing("db1") == set()
+    operator("db1", "site", "-e", "standby_rebuild=rewind")
+    follows("db2", "db1")
+    until("commits wait for the receiver", lambda: synchronous("db1") == RECEIVER)
+    archived_without_a_gap("db1")
+    ledger.begin("db1")
+    assert ledger.work(1) > 0
+    ledger.end("db1")
+
+
+def test_lost_host_of_the_primary_is_restored_on_the_spare_and_no_acknowledged_commit_is_lost(ledger: Ledger) -> None:
+    ledger.begin("db1")
+    ledger.work(3)
+    subprocess.run(["podman", "kill", container("db1")], check=True, capture_output=True)
+    subprocess.run(["podman", "rm", "--force", "--volumes", container("db1")], check=True, capture_output=True)
+    ledger.wait()
+
+    typed = ("-e", "restore_confirm=shop", "-e", "restore_use_partial=true", "-e", "restore_accept=true")
+    operator("db3", "restore", *typed, "-e", "restore_rebuild_standbys=rewind")
+    assert ledger.missing("db3") == set()
+    operator("db3", "site")
+    until("commits wait for the receiver", lambda: synchronous("db3") == RECEIVER)
+    follows("db2", "db3")
+    assert ledger.missing("db2") == set()
+    archived_without_a_gap("db3")
+    assert host("db3").service("postgresql").is_enabled
+    # They work on, against the new primary.
+    ledger.begin("db3")
+    assert ledger.work(1) > 0
+    ledger.end("db3")
+
+
+def test_lost_repository_is_made_anew_and_its_window_begins_with_its_first_backup(ledger: Ledger, backup: Any) -> None:
+    ledger.begin("db3")
+    before = backup.check_output(f"ls {FOLDER}/backups").split()
+    backup.check_output("rm -rf /srv/pitr/* /srv/pitr/.[!.]*")
+    operator("db3", "site")
+    until("commits wait for the receiver", lambda: synchronous("db3") == RECEIVER)
+    assert ledger.work(1) > 0
+    ledger.end("db3")
+    after = backup.check_output(f"ls {FOLDER}/backups").split()
+    assert len(after) == 1 and not set(after) & set(before)
+    archived_without_a_gap("db3")
+    shown = json.loads(backup.check_output(f"cat {FOLDER}/backups/{after[0]}/backup.json"))
+    assert shown
+    assert ledger.missing("db3") == set()
+
+
+def test_standby_that_was_promoted_by_accident_is_refused_and_then_rewound(ledger: Ledger) -> None:
+    ledger.begin("db3")
+    accident = host("db2")
+    accident.check_output("su postgres -c %s", "psql -qAtX -c 'SELECT pg_promote()'")
+    sql(accident, "CREATE TABLE written_by_mistake ()")
+    assert ledger.work(1) > 0
+    refused = operator("db3", "standby", fails=True)
+    assert "standby_rebuild=rewind" in refused and sql(accident, "SELECT pg_is_in_recovery()") == "f"
+    operator("db3", "standby", "-e", "standby_rebuild=rewind")
+    follows("db2", "db3")
+    ledger.end("db3")
+    assert sql(accident, "SELECT to_regclass('written_by_mistake') IS NULL") == "t"
+    assert ledger.missing("db2") == set()
