@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import combine, extract, locks, places, recovery_conf
+from .backup import MANIFEST
 from .errors import PitrError
 from .extract import IN_PROGRESS
 from .plan import Refusal, RefusedError
@@ -372,6 +373,7 @@ class Standby:
         pgdata = self._request.pgdata
         os.rename(os.path.join(copy, extract.PG_CONTROL), os.path.join(copy, extract.HELD_BACK))
         write_atomic(os.path.join(copy, STANDBY_SIGNAL), b"")
+        os.unlink(os.path.join(copy, MANIFEST))
         for name in os.listdir(copy):
             os.rename(os.path.join(copy, name), os.path.join(pgdata, name))
         with contextlib.suppress(FileNotFoundError):

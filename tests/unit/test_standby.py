@@ -85,7 +85,8 @@ def test_permission_to_rebuild_is_no_order_to() -> None:
 
 def test_directories_of_others_stay_whatever_is_allowed() -> None:
     for rebuild in ("never", "rewind", "clone"):
-        assert decided(Local("foreign", "is full of pictures"), rebuild=rebuild) == "directory_foreign"
+        found = decide(Local("foreign", "is full of pictures"), PRIMARY, rebuild, "/data", 18)
+        assert isinstance(found, Refusal) and found.message.startswith("/data is full of pictures.")
         assert decided(replace(STANDBY, system_identifier="2"), rebuild=rebuild) == "directory_foreign"
     empty = replace(STANDBY, system_identifier="2", empty_cluster=True)
     assert decided(empty) == "directory_foreign"
