@@ -601,6 +601,8 @@ def test_slot_that_is_missing_lost_or_used_by_another_is_told_before_anything(pa
 def test_limits_are_at_least_the_primarys_and_what_alter_system_said_is_gone(pair: Callable[..., Pair]) -> None:
     here = pair(settings={"max_connections": 40, "max_prepared_transactions": 7})
     wanted = {**here.request().settings, "max_connections": 10, "max_locks_per_transaction": 200}
+    # Read after what the clone has of the primary's configuration.
+    here.options["file"] = "90-standby.conf"
     here.make(settings=wanted)
     here.run()
     assert here.server.show("max_connections") == "40"
