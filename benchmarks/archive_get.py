@@ -3,8 +3,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Replay of a pgbench load through pitr-wal get beside the replay of the same WAL that is in pg_wal already.
 
-And beside the least that a restore_command can do, ``cp`` of a plain file on the same filesystem. All start from the same copy of the cluster, replay every segment, and promote; they run in turn. What is compared is
-what the server's log tells: from "redo starts" to "redo done".
+And beside the least that a restore_command can do, ``cp`` of a plain file on the same filesystem. All start from the same
+copy of the cluster, replay every segment, and promote; they run in turn. What is compared is what the server's log
+tells: from "redo starts" to "redo done".
 """
 
 from __future__ import annotations
@@ -127,9 +128,10 @@ def measure(bin_dir: Path, home: Path, options: argparse.Namespace) -> None:
         medians = {name: statistics.median(item[number] for item in items) for name, items in figures.items()}
         for name in ("get", "cp"):
             ratios = [one[number] / local[number] for one, local in zip(figures[name], figures["local"], strict=True)]
+            rounds = ", ".join(f"{ratio:.3f}" for ratio in ratios)
             print(
                 f"{what}, median: local {medians['local']:.2f} s, {name} {medians[name]:.2f} s; ratio"
-                f" {medians[name] / medians['local']:.3f}, of the rounds {', '.join(f'{ratio:.3f}' for ratio in ratios)}"
+                f" {medians[name] / medians['local']:.3f}, of the rounds {rounds}"
             )
 
 

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 from . import codec, encryption, locks
 from .catalog import Backup, StoredFile, Tablespace
 from .errors import PitrError
-from .following import Follower, count_stored
 from .facts import Facts, gather
+from .following import Follower, count_stored
 from .manifest import Summary, read_summary
 from .postgres import Login, binary, binary_version, query, run
 from .repository import (

@@ -121,8 +121,8 @@ options:
     default: false
   empty_cluster:
     description:
-      - What a call in check mode has returned as RV(empty_cluster) while the server ran. A stopped cluster in which nothing
-        was made, but statistics were gathered, cannot be told from others.
+      - What a call in check mode has returned as RV(empty_cluster) while the server ran. A stopped cluster in which
+        nothing was made, but statistics were gathered, cannot be told from others.
     type: str
     default: ''
   tablespace_mapping:

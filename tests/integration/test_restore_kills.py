@@ -226,6 +226,6 @@ def test_what_waits_in_the_place_of_the_new_directory_is_not_removed(history: Hi
     (place / "mine").write_text("mine", encoding="ascii")
     before = fingerprint(victim.data, place)
     engine = Engine(victim.request)
-    with pytest.raises(PitrError, match="is in the way .* nothing was touched"):
+    with pytest.raises(PitrError, match=r"is in the way .* nothing was touched"):
         engine.execute(engine.plan())
     assert fingerprint(victim.data, place) == before
