@@ -3,8 +3,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Replay of a pgbench load through pitr-wal get beside the replay of the same WAL that is in pg_wal already.
 
-And beside the least that a restore_command can do, ``cp`` of a plain file on the same filesystem. All start from the same
-copy of the cluster, replay every segment, and promote; they run in turn. What is compared is what the server's log
+And beside the least that a restore_command can do, ``cp`` of a plain file on the same filesystem. All start from the
+same copy of the cluster, replay every segment, and promote; they run in turn. What is compared is what the server's log
 tells: from "redo starts" to "redo done".
 """
 
