@@ -226,8 +226,8 @@ class Receiver:
     def _hold(self, place: _Place) -> bool:
         """Hold the lock of the folder that is there. Returns whether it had to be taken.
 
-        A repository that was lost and made anew has other files under the same names. Whoever looks for a receiver there
-        would find none, and start a second one. Raises PitrError when there is one.
+        A repository that was lost and made anew has other files under the same names. Whoever looks for a receiver
+        there would find none, and start a second one. Raises PitrError when there is one.
         """
         path = lock_path(place.folder)
         if self._lock >= 0:
