@@ -51,7 +51,7 @@ def operator(situation: str, name: str, *arguments: str, fails: bool = False) ->
     answer = playbook(name, *arguments, inventory=inventory)
     print(f"{name} {' '.join(arguments)}: {time.monotonic() - begun:.1f} s, exit {answer.returncode}")
     assert (answer.returncode != 0) == fails, answer.stdout[-6000:] + answer.stderr[-2000:]
-    return answer.stdout
+    return answer.stdout + answer.stderr
 
 
 def look_at_archive() -> dict[str, Any]:

@@ -181,6 +181,7 @@ class Receiver:
         self._primary = Primary(settings)
         self._place: _Place | None = None
         self._process: Any = None
+        self._lock = -1
         self._stream_lock = -1
         self._ending = False
         self._wake = -1
@@ -197,10 +198,7 @@ class Receiver:
 
     def run(self) -> int:
         """Until SIGTERM or SIGINT. Raises PitrError when it cannot even begin."""
-        place = self._open()
-        lock = try_lock(lock_path(place.folder))
-        if lock is None:
-            raise PitrError(f"A receiver of the cluster '{self._cluster}' is running already. This one ends.")
+        self._hold(self._open())
         self._listen()
         self._take_over()
         self._begin_status()
@@ -221,9 +219,28 @@ class Receiver:
             pause = min(pause * 2, LONGEST_PAUSE)
         self._sweep()
         self._tell(state="stopped", connected_since=None)
-        os.close(lock)
+        os.close(self._lock)
         say("ended")
         return 0
+
+    def _hold(self, place: _Place) -> bool:
+        """Hold the lock of the folder that is there. Returns whether it had to be taken.
+
+        A repository that was lost and made anew has other files under the same names. Whoever looks for a receiver
+        there would find none, and start a second one. Raises PitrError when there is one.
+        """
+        path = lock_path(place.folder)
+        if self._lock >= 0:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._lock), os.stat(path)):
+                    return False
+        lock = try_lock(path)
+        if lock is None:
+            raise PitrError(f"A receiver of the cluster '{self._cluster}' is running already. This one ends.")
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = lock
+        return True
 
     def _listen(self) -> None:
         """Signals only wake the loop, which looks what there is to do."""
@@ -285,6 +302,9 @@ class Receiver:
     def _receive(self) -> None:
         """One connection from the first question to its end. Always ends by raising, unless we are asked to end."""
         place = self._open()
+        if self._hold(place):
+            os.close(self._stream_lock)
+            self._take_over()
         self._tell(state="connecting")
         facts = self._primary.identify()
         if facts.system_identifier != place.chapter.system_identifier:

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import random
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -647,6 +648,22 @@ def test_repository_that_is_away_for_a_while_loses_nothing(sandbox: MakeSandbox,
     marker.with_name("away").rename(marker)
     until(lambda: len(list(spool.glob("?" * 24))) == 1, "an empty spool")
     unbroken(primary)
+
+
+def test_repository_that_was_lost_and_made_anew_has_one_receiver_and_it_is_found(
+    sandbox: MakeSandbox, receiver: MakeReceiver
+) -> None:
+    here = sandbox()
+    receiving = receiver(here).start()
+    receiving.wait_for(here.server)
+    pid = receiving.control.pid()
+    kept = here.repository.with_name("kept")
+    shutil.copytree(here.repository, kept, ignore=shutil.ignore_patterns("receiver", "locks"))
+    shutil.rmtree(here.repository)
+    kept.rename(here.repository)
+    until(lambda: receiving.control.pid() == pid, "the receiver is found where the new repository is")
+    receiving.wait_for(here.server)
+    assert len(receiving.streams) == 1
 
 
 def test_file_that_was_cut_off_while_it_was_made_does_not_stop_the_receiver(

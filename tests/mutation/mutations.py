@@ -1909,8 +1909,8 @@ MUTATIONS = (
     _mutation(
         "two receivers of one cluster",
         "receiver",
-        "        lock = try_lock(lock_path(place.folder))\n        if lock is None:\n",
-        "        lock = try_lock(lock_path(place.folder)) or os.dup(2)\n        if lock is None:\n",
+        "        lock = try_lock(path)\n        if lock is None:\n",
+        "        lock = try_lock(path) or os.dup(2)\n        if lock is None:\n",
         f"{RECEIVER}::test_second_receiver_of_a_cluster_ends_and_the_first_goes_on",
     ),
     _mutation(
@@ -3709,5 +3709,12 @@ MUTATIONS = (
         "self.local.system_identifier == request.empty_cluster and not running",
         "request.empty_cluster and not running",
         f"{STANDBY_ENGINE}::test_empty_cluster_that_has_run_for_a_while_is_known_by_what_its_server_has_told",
+    ),
+    _mutation(
+        "a receiver keeps the lock of a repository that was lost",
+        "receiver",
+        "        if self._hold(place):",
+        "        if False:",
+        f"{RECEIVER}::test_repository_that_was_lost_and_made_anew_has_one_receiver_and_it_is_found",
     ),
 )
