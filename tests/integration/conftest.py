@@ -38,6 +38,12 @@ def pytest_configure() -> None:
     os.environ.setdefault("PGDRILL_TEST_EXACT_SEED", str(random.SystemRandom().randrange(10**6)))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several PostgreSQLs one is enough for what knows no versions (tools/sandboxlib/testing.py)."""
+    if os.environ.get("PGDRILL_TEST_ONCE") == "elsewhere":
+        items[:] = [item for item in items if not item.get_closest_marker("once")]
+
+
 def pytest_report_header() -> str:
     return f"exactness: PGDRILL_TEST_EXACT_SEED={os.environ['PGDRILL_TEST_EXACT_SEED']}"
 

@@ -24,6 +24,8 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.target import format_
 from ansible_collections.pgdrill.pitr.tests.integration.support import fingerprint, until
 from ansible_collections.pgdrill.pitr.tests.integration.test_playbooks import CHECKOUT, Site
 
+pytestmark = pytest.mark.once
+
 GUIDE = CHECKOUT / "docs" / "dropped-table.md"
 
 

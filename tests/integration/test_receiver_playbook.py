@@ -22,6 +22,8 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.receiver import (
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 from ansible_collections.pgdrill.pitr.tests.integration.test_playbooks import Site, _changed
 
+pytestmark = pytest.mark.once
+
 SYNC = "SELECT coalesce(max(sync_state), 'none') FROM pg_stat_replication WHERE application_name = 'pitr_main'"
 
 

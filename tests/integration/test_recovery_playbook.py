@@ -15,6 +15,8 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.tests.integration.support import fingerprint
 from ansible_collections.pgdrill.pitr.tests.integration.test_playbooks import Site, _changed
 
+pytestmark = pytest.mark.once
+
 PASSWORD = "not a secret"
 
 

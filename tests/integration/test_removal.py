@@ -24,6 +24,8 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import Clu
 from ansible_collections.pgdrill.pitr.tests.integration.support import fingerprint, until
 from ansible_collections.pgdrill.pitr.tests.integration.test_playbooks import Site, _changed
 
+pytestmark = pytest.mark.once
+
 ROLES = {"receiver_state": "started", "receiver_synchronous": True, "primary_wal_level": "logical"}
 CONFIRMED = {"remove_confirm": "main", **ROLES}
 

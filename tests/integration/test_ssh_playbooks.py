@@ -16,6 +16,8 @@ import yaml
 from ansible_collections.pgdrill.pitr.tests.integration.ssh_support import USER, Sshd, private_place
 from ansible_collections.pgdrill.pitr.tests.integration.test_playbooks import Site
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def site(bin_dir: str, major: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:

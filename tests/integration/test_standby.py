@@ -24,6 +24,8 @@ from ansible_collections.pgdrill.pitr.tests.integration.support import until
 from ansible_collections.pgdrill.pitr.tests.integration.test_playbooks import _changed
 from ansible_collections.pgdrill.pitr.tests.integration.topology import Topology
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def hosts(bin_dir: str, major: int, tmp_path: Path) -> Iterator[Topology]:

@@ -16,6 +16,8 @@ import pytest
 import yaml
 from ansible_collections.pgdrill.pitr.tests.integration.test_playbooks import Site, _changed
 
+pytestmark = pytest.mark.once
+
 # What the machine of the tests has of room is not the matter.
 LIMITS = {"free_percent": [0, 0], "days_left": [0, 0], "drill_age": ["30 days", "90 days"]}
 MAY = "SELECT pg_has_role('pitr_backup', 'pg_monitor', 'member')"

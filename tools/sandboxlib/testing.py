@@ -48,10 +48,14 @@ def _as_tests(layout: Layout, runs: Callable[[Path], list[tuple[int, list[str]]]
         small = smallfs.mount(layout)
         try:
             with Supervisor(lambda: postgresql.stop_all(layout, layout.test_tmp)) as supervisor:
-                codes = [
-                    supervisor.run(argv, _environment(layout, checkout, major, small), checkout, layout.account)
-                    for major, argv in runs(checkout)
-                ]
+                chosen = runs(checkout)
+                newest = max(major for major, _argv in chosen)
+                codes = []
+                for major, argv in chosen:
+                    env = _environment(layout, checkout, major, small)
+                    if major != newest:
+                        env["PGDRILL_TEST_ONCE"] = "elsewhere"
+                    codes.append(supervisor.run(argv, env, checkout, layout.account))
         except Interrupted as interruption:
             problem(str(interruption))
             return interruption.code
