@@ -85,7 +85,8 @@ class Ledger:
         self._clients: list[subprocess.Popen[bytes]] = []
 
     def begin(self, name: str) -> None:
-        """Start the clients on the host of the primary."""
+        """Start the clients on the host of the primary; those that a failed test has left there go."""
+        host(name).run("pkill -f 'INSERT INTO ledger'")
         sql(
             host(name),
             "CREATE TABLE IF NOT EXISTS ledger (client int, number int, at timestamptz DEFAULT clock_timestamp(),"
