@@ -271,8 +271,14 @@ class Contest:
             if what == _COPY:
                 theirs = medians["full backup", PgBackRest.name]
             if theirs is not None:
+                pairs = zip(
+                    self.figures[what, self._ours.name],
+                    self.figures[what if what != _COPY else "full backup", PgBackRest.name],
+                    strict=True,
+                )
+                rounds = ", ".join(f"{one.wall / other.wall:.2f}" for one, other in pairs)
                 print(
-                    f"ratio of {what} to {beside}: {ours[0] / theirs[0]:.2f} on the clock,"
+                    f"ratio of {what} to {beside}: {ours[0] / theirs[0]:.2f} on the clock (rounds {rounds}),"
                     f" {ours[1] / theirs[1]:.2f} of the processors"
                 )
 
