@@ -24,6 +24,8 @@ INVENTORY = os.path.dirname(ADDRESSES)
 _INVENTORY: dict[str, Any] = json.loads(
     subprocess.run(["ansible-inventory", "-i", INVENTORY, "--list"], check=True, capture_output=True, text=True).stdout
 )
+# What Ansible prints is to be read; molecule asks for colours.
+PLAIN = {"ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"}
 
 
 def group(name: str) -> list[str]:
@@ -73,7 +75,7 @@ def playbook(name: str, *arguments: str, inventory: Sequence[str] = (INVENTORY,)
     """`ansible-playbook` as an operator types it, with these inventory sources; whether it worked is in the answer."""
     sources = [word for source in inventory for word in ("-i", source)]
     argv = ["ansible-playbook", *sources, f"playbooks/{name}.yml", *arguments]
-    plain = {**os.environ, "ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"}
+    plain = {**os.environ, **PLAIN}
     return subprocess.run(
         argv, cwd=CHECKOUT, env=plain, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )

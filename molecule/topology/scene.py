@@ -19,6 +19,7 @@ from ansible_collections.pgdrill.pitr.molecule.shared.hosts import (
     ADDRESSES,
     CHECKOUT,
     CLUSTER,
+    PLAIN,
     container,
     host,
     playbook,
@@ -59,7 +60,7 @@ def look_at_archive() -> dict[str, Any]:
     bin_dir = host("backup").check_output("ls -d /usr/lib/postgresql/*/bin").strip()
     argv = ["ansible", "-i", ADDRESSES, "-i", str(CHECKOUT / "molecule/topology/inventories/db1.yml"), "backup"]
     argv += ["-m", "pgdrill.pitr.archive_info", "-a", f"repository=/srv/pitr cluster={CLUSTER} bin_dir={bin_dir}"]
-    plain = {**os.environ, "ANSIBLE_CALLBACK_RESULT_FORMAT": "json", "ANSIBLE_NOCOLOR": "1"}
+    plain = {**os.environ, "ANSIBLE_CALLBACK_RESULT_FORMAT": "json", **PLAIN}
     answer = subprocess.run(argv, env=plain, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return dict(json.loads(answer.stdout.partition("=>")[2]))

@@ -12,6 +12,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from ansible_collections.pgdrill.pitr.molecule.shared.hosts import PLAIN
+
 CHECKOUT = Path(__file__).resolve().parents[3]
 OTHERS = 'restrict,command="/usr/local/lib/pgdrill/pitr-wal serve --read other" ssh-ed25519 AAAAC3Nz other'
 
@@ -19,7 +21,7 @@ OTHERS = 'restrict,command="/usr/local/lib/pgdrill/pitr-wal serve --read other" 
 def remove(*arguments: str) -> list[int]:
     """Run remove.yml; how much was changed on each host."""
     argv = ["ansible-playbook", "-i", os.environ["MOLECULE_INVENTORY_FILE"], "playbooks/remove.yml", *arguments]
-    plain = {**os.environ, "ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"}
+    plain = {**os.environ, **PLAIN}
     answer = subprocess.run(argv, cwd=CHECKOUT, env=plain, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stdout[-3000:]
     return [int(n) for n in re.findall(r"^\w+ +: ok=\d+ +changed=(\d+)", answer.stdout, re.MULTILINE)]
