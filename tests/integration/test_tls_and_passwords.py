@@ -122,7 +122,7 @@ def test_password_is_exchanged_while_receiver_and_backup_go_on_and_is_in_no_log(
     until(lambda: fresh.server.sql(RECEIVED_BY), "the receiver")
     server, receiver = fresh.identity, fresh.server.sql(RECEIVED_BY)
     taken: list[str] = []
-    slow = {"backup_max_rate": "2M", "backup_compression": "none"}
+    slow = {"backup_max_rate": "600k", "backup_compression": "none"}
     backup = threading.Thread(target=lambda: taken.append(fresh.succeed("backup", **slow)))
     backup.start()
     copying = "SELECT 1 FROM pg_stat_progress_basebackup WHERE phase = 'streaming database files'"
