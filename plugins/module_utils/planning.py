@@ -124,6 +124,11 @@ class Planner:
             self._refusals += [self.beyond.hint(refusal, index) for refusal in error.refusals]
         except LockedError as error:
             self._refuse(error.code, error.message, self._whose(error.detail.get("recipients")))
+        except PitrError as error:
+            if "path" not in error.detail:
+                raise
+            # A segment had to be read.
+            self._refuse("archive_damaged", error.message)
         return None
 
     def _choice(self, backups: list[Backup]) -> str:

@@ -308,11 +308,18 @@ def test_damaged_manifest_is_not_called_a_wrong_identity(encrypted: Sandbox, key
     assert list(refusals(encrypted, encrypted.server.data, identity=str(key.path))) == ["backup_damaged"]
 
 
+@pytest.mark.parametrize("searched", [False, True], ids=["tried", "searched"])
 @pytest.mark.parametrize("offset", [20, LENGTH + 40], ids=["line", "stanza"])
-def test_damaged_segment_that_the_plan_comes_upon_is_a_refusal(encrypted: Sandbox, key: Identity, offset: int) -> None:
+def test_damaged_segment_that_the_plan_comes_upon_is_a_refusal(
+    encrypted: Sandbox, key: Identity, offset: int, searched: bool, tmp_path: Path
+) -> None:
     encrypted.backup("only")
     encrypted.probe()
     encrypted.server.stop()
+    if searched:
+        # A tablespace that the backup lacks: where it was created is looked for in WAL.
+        (tmp_path / "later").mkdir()
+        (encrypted.server.data / "pg_tblspc" / "99999").symlink_to(tmp_path / "later")
     plan = encrypted.plan(encrypted.server.data, force=True, identity=str(key.path))
     flip(next(path for path in encrypted.segments() if path.name == plan.first_segment), offset)
     found = refusals(encrypted, encrypted.server.data, identity=str(key.path))

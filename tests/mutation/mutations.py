@@ -79,6 +79,13 @@ MUTATIONS = (
         "self._counts[name] = (1, 1)\n                    self._counts[name] = count(TarStream(reader, path))",
         f"{FOLLOWING}::test_what_is_cut_off_is_not_counted",
     ),
+    _mutation(
+        "damaged WAL that has to be searched is an error and no refusal",
+        "planning",
+        'if "path" not in error.detail:',
+        "if True:",
+        f"{ENCRYPTION}::test_damaged_segment_that_the_plan_comes_upon_is_a_refusal[line-searched]",
+    ),
     # --- what a killed restore leaves
     _mutation(
         "the new directory that waits for its place tells nothing",
