@@ -12,11 +12,10 @@ recognises (unfinished.py).
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -37,10 +36,12 @@ from .unfinished import (
     Marker,
     clear_incomplete,
     empty,
+    exchange,
     half_done_delta,
     has_content,
     is_vacant,
     left_behind,
+    made,
     remove_incomplete,
     unaccepted,
     waiting,
@@ -147,7 +148,7 @@ class Restore:
         moved_aside = self._move_aside(result, total) or moved_aside
         progress = None
         try:
-            with _made(pgdata):
+            with made(pgdata):
                 path = os.path.join(pgdata, IN_PROGRESS)
                 progress = Marker(path, result.backup, moved_aside, locations, total, wal, dead_pgdata=self._dead)
             places.link_wal(pgdata, wal)
@@ -295,28 +296,14 @@ class Restore:
         return old if os.path.isdir(old) else ""
 
     def _move_aside(self, result: RestorePlan, total: int) -> str:
-        """Exchange the old directory for one with nothing but a marker. Returns where it is, empty when there was none.
-
-        A kill at any moment leaves the old directory in its place, or a marker that tells where it is.
-        """
         pgdata = self._request.pgdata
-        if not has_content(pgdata):
-            return ""
-        place, parent, aside = waiting(pgdata), os.path.dirname(pgdata), _free_name(pgdata)
-        if has_content(place):
-            raise PitrError(f"{place} is in the way of a restore into {pgdata}. Move it away; nothing was touched.")
-        # It may be there from a try that was killed before its first rename.
-        remove_incomplete(place)
-        if self._dead == pgdata:
-            self._dead = aside
-        with _made(place):
-            # It does not tell yet what the next try would clear: by then that may be somebody else's.
-            Marker(os.path.join(place, IN_PROGRESS), result.backup, aside, {}, total, dead_pgdata=self._dead)
-        fsync_directory(parent)
-        os.rename(pgdata, aside)
-        os.rename(place, pgdata)
-        fsync_directory(parent)
-        return aside
+
+        def mark(path: str, aside: str) -> None:
+            if self._dead == pgdata:
+                self._dead = aside
+            Marker(path, result.backup, aside, {}, total, dead_pgdata=self._dead)
+
+        return exchange(pgdata, mark)
 
     def _put_back(
         self, moved_aside: str, locations: Mapping[int, str], progress: Marker | None, was_there: bool
@@ -461,30 +448,6 @@ def _is_its_own_end(result: RestorePlan) -> bool:
     again has written none; so there is no target, and no WAL but the backup's own.
     """
     return (result.backup.method, result.target.kind, result.target.action) == ("offline", "immediate", "promote")
-
-
-@contextlib.contextmanager
-def _made(directory: str) -> Iterator[None]:
-    """A data directory is there; one that was made for a block that fails is gone again."""
-    was_there = os.path.isdir(directory)
-    os.makedirs(directory, mode=0o700, exist_ok=True)
-    os.chmod(directory, 0o700)
-    try:
-        yield
-    except BaseException:
-        if not was_there:
-            with contextlib.suppress(OSError):
-                os.rmdir(directory)
-        raise
-
-
-def _free_name(pgdata: str) -> str:
-    """Where a data directory is moved aside to."""
-    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
-    aside = f"{pgdata}.old-{stamp}"
-    while os.path.lexists(aside):
-        aside += "x"
-    return aside
 
 
 def _made_wal(request: Request) -> str:

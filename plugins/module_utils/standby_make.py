@@ -11,7 +11,6 @@ No server can start on a directory before it is one of a standby: a clone has no
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import shutil
 import subprocess
@@ -42,7 +41,7 @@ from .settings import render, write
 from .standby import INTRO, Decision, Local, Upstream, check_slot, decide, floors
 from .standby_look import RECOVERY_SIGNAL, REWINDING, STANDBY_SIGNAL, look_local, look_upstream
 from .tree import fsync_directory
-from .unfinished import empty, left_behind, remove_incomplete
+from .unfinished import empty, exchange, has_content, is_vacant, left_behind, remove_incomplete, waiting
 from .upstream import Primary
 from .upstream import Settings as ConnectionSettings
 from .wal import WalFile, history_name
@@ -299,9 +298,7 @@ class Standby:
                     raise PitrError(f"The tablespace directory {location} is not empty. It was not touched.")
             os.makedirs(pgdata, mode=0o700, exist_ok=True)
             os.chmod(pgdata, 0o700)
-            marker = {"format": 1, "system_identifier": self.upstream.system_identifier, "backup": "pg_basebackup"}
-            marker.update(moved_aside=moved_aside, locations=locations, pg_wal="", dead_pgdata="")
-            write_json(os.path.join(pgdata, IN_PROGRESS), marker)
+            self._mark(os.path.join(pgdata, IN_PROGRESS), moved_aside, locations)
         except BaseException:
             self._forget(moved_aside, was_there)
             raise
@@ -327,21 +324,24 @@ class Standby:
         for location in killed.get("locations", []):
             empty(location)
         places.clear_wal(str(killed.get("pg_wal") or ""))
-        remove_incomplete(self._request.pgdata)
+        # Where it has stopped between two renames, all there is of it waits beside.
+        vacant = is_vacant(self._request.pgdata)
+        remove_incomplete(waiting(self._request.pgdata) if vacant else self._request.pgdata)
 
     def _move_aside(self) -> str:
-        pgdata = self._request.pgdata
-        stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
-        aside = f"{pgdata}.old-{stamp}"
-        while os.path.lexists(aside):
-            aside += "x"
-        os.rename(pgdata, aside)
-        fsync_directory(os.path.dirname(pgdata))
-        return aside
+        return exchange(self._request.pgdata, lambda path, aside: self._mark(path, aside, []))
+
+    def _mark(self, path: str, moved_aside: str, locations: Sequence[str]) -> None:
+        """What a restore writes, so that whoever comes next knows a killed clone (unfinished.py)."""
+        marker = {"format": 1, "system_identifier": self.upstream.system_identifier, "backup": "pg_basebackup"}
+        marker.update(moved_aside=moved_aside, locations=list(locations), pg_wal="", dead_pgdata="")
+        write_json(path, marker)
 
     def _put_back(self, moved_aside: str) -> None:
-        if moved_aside and not os.path.exists(self._request.pgdata):
-            os.rename(moved_aside, self._request.pgdata)
+        pgdata = self._request.pgdata
+        if moved_aside and not has_content(pgdata):
+            remove_incomplete(pgdata)
+            os.rename(moved_aside, pgdata)
 
     def _forget(self, moved_aside: str, was_there: bool) -> None:
         """After a failure: what this try has made goes, the old directory gets its name back."""

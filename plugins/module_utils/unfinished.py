@@ -7,18 +7,21 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from . import extract, recovery_conf
 from .catalog import Backup
+from .errors import PitrError
 from .extract import IN_PROGRESS
 from .repository import write_json
 from .request import Request
+from .tree import fsync_directory
 
 
 class Marker:
@@ -153,6 +156,53 @@ def empty(location: str) -> None:
         for name in os.listdir(location):
             if name.startswith("PG_"):
                 shutil.rmtree(os.path.join(location, name), ignore_errors=True)
+
+
+def exchange(pgdata: str, mark: Callable[[str, str], object]) -> str:
+    """Move a data directory aside, and put one with nothing but a marker in its place. Returns where the old one is.
+
+    ``mark(path, aside)`` writes the marker. It should not tell yet what the next try would clear: by then that may be
+    somebody else's. A kill at any moment leaves the old directory in its place, or a marker that tells where it is.
+    Empty, and nothing done, when there was no old one. Raises PitrError when something else is where it would wait.
+    """
+    if not has_content(pgdata):
+        return ""
+    place, parent, aside = waiting(pgdata), os.path.dirname(pgdata), _free_name(pgdata)
+    if has_content(place):
+        raise PitrError(f"{place} is in the way of a new {pgdata}. Move it away; nothing was touched.")
+    # It may be there from a try that was killed before its first rename.
+    remove_incomplete(place)
+    with made(place):
+        mark(os.path.join(place, IN_PROGRESS), aside)
+    fsync_directory(parent)
+    os.rename(pgdata, aside)
+    os.rename(place, pgdata)
+    fsync_directory(parent)
+    return aside
+
+
+@contextlib.contextmanager
+def made(directory: str) -> Iterator[None]:
+    """A data directory is there; one that was made for a block that fails is gone again."""
+    was_there = os.path.isdir(directory)
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    os.chmod(directory, 0o700)
+    try:
+        yield
+    except BaseException:
+        if not was_there:
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+        raise
+
+
+def _free_name(pgdata: str) -> str:
+    """Where a data directory is moved aside to."""
+    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
+    aside = f"{pgdata}.old-{stamp}"
+    while os.path.lexists(aside):
+        aside += "x"
+    return aside
 
 
 def clear_incomplete(directory: str) -> None:

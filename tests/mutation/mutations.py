@@ -96,7 +96,7 @@ MUTATIONS = (
     ),
     _mutation(
         "whatever is in the way of the new directory is removed",
-        "restore",
+        "unfinished",
         "if has_content(place):",
         "if False:",
         f"{KILLS}::test_what_waits_in_the_place_of_the_new_directory_is_not_removed",
@@ -1109,9 +1109,9 @@ MUTATIONS = (
     ),
     _mutation(
         "the old directory is removed",
-        "restore",
-        "        os.rename(pgdata, aside)\n",
-        "        shutil.rmtree(pgdata); os.mkdir(aside)\n",
+        "unfinished",
+        "    os.rename(pgdata, aside)\n",
+        "    shutil.rmtree(pgdata); os.mkdir(aside)\n",
         f"{AFTER}::test_old_directory_is_moved_aside_whole_and_starts",
         f"{FAULTS}::test_damaged_backup_is_noticed_and_the_old_directory_is_back_and_starts",
     ),
@@ -3614,7 +3614,7 @@ MUTATIONS = (
     _mutation(
         "a failed clone keeps the old directory aside",
         "standby_make",
-        "        if moved_aside and not os.path.exists(self._request.pgdata):\n",
+        "        if moved_aside and not has_content(pgdata):\n",
         "        if False:\n",
         f"{STANDBY_ENGINE}::test_clone_that_fails_puts_the_old_directory_back",
     ),
