@@ -577,8 +577,11 @@ def test_summaries_with_a_hole_are_refused(sandbox: MakeSandbox, since_17: None)
 
 
 def _summaries(primary: Sandbox, since: Backup) -> list[Path]:
-    """Files with summaries of what came after the start of a backup, in order."""
-    found = sorted((primary.server.data / "pg_wal" / "summaries").glob("*.summary"))
+    """Files with summaries of what came after the start of a backup, in order.
+
+    The one that is being written is called temp.summary.
+    """
+    found = sorted((primary.server.data / "pg_wal" / "summaries").glob("[0-9A-F]*.summary"))
     return [path for path in found if int(path.stem[24:40], 16) > since.start_lsn]
 
 
