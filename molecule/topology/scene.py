@@ -66,6 +66,14 @@ def look_at_archive() -> dict[str, Any]:
     return dict(json.loads(answer.stdout.partition("=>")[2]))
 
 
+def put(name: str, source: Path, path: str, owner: str, mode: str) -> None:
+    """A file on a host, moved into place when it is whole, its directory with it."""
+    script = 'mkdir -p "$(dirname "$1")"; umask 077; cat > "$1.new"'
+    script += '; chown "$2" "$1.new"; chmod "$3" "$1.new"; mv "$1.new" "$1"'
+    argv = ["podman", "exec", "-i", container(name), "sh", "-ec", script, "sh", path, owner, mode]
+    subprocess.run(argv, input=source.read_bytes(), check=True)
+
+
 def until(what: str, condition: Callable[[], Any], seconds: float = 60) -> Any:
     """Wait until something is true, and return it; fail with its name when it does not come true."""
     end = time.monotonic() + seconds

@@ -180,6 +180,9 @@ class Standby:
             slot=request.slot,
             application_name=request.application_name,
             passfile=request.passfile if request.upstream.password else "",
+            # What libpq does by itself is not written down.
+            sslmode=request.upstream.ssl_mode if request.upstream.ssl_mode != "prefer" else "",
+            sslrootcert=request.upstream.ca_cert,
         )
         return Primary(settings).conninfo()
 

@@ -23,6 +23,8 @@ ACCEPTED = "pgdrill.accepted"
 # SQLSTATE: undefined_object, object_in_use. Messages are in the server's language.
 _UNKNOWN_SETTING = "42704"
 _IN_USE = "55006"
+# psql's exit code when there is no connection (psql, "Exit Status").
+_NO_CONNECTION = 2
 _SLOT_NAME = re.compile(r"[a-z0-9_]{1,63}\Z")
 
 
@@ -119,12 +121,14 @@ class Primary:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        # Which of several hosts was the primary when it was asked last.
+        self._found = ""
 
     def conninfo(self, **more: str) -> str:
         """A connection string. There is never a password in it; that is the passfile's."""
         settings = self.settings
         values = {
-            "host": settings.host,
+            "host": self._found or settings.host,
             "port": str(settings.port),
             "user": settings.user,
             "application_name": settings.application_name,
@@ -155,11 +159,35 @@ class Primary:
         return path
 
     def command(self, text: str, timeout: float = 30) -> str:
-        """One command of the replication protocol. Raises PitrError with the server's words."""
+        """One command of the replication protocol. Raises PitrError with the server's words.
+
+        Of several hosts each is asked apart. libpq asks the next one only when there is no connection at all: a standby
+        with a certificate that has expired, or one that does not know the password, would hide the primary behind it.
+        """
+        hosts = self.settings.host.split(",")
+        refused = []
+        for host in sorted(hosts, key=lambda host: host != self._found):
+            try:
+                code, output, messages = self._ask(host, text, timeout)
+            except TimeoutError:
+                refused.append(f"{host or 'It'} did not answer within {timeout:g} seconds.")
+                continue
+            said = " ".join(messages.decode(errors="replace").split())
+            if code == _NO_CONNECTION:
+                refused.append(said[:500])
+                continue
+            self._found = host
+            if code != 0:
+                raise PitrError(f"{self}: {said[:500]}", said=said)
+            return output.decode(errors="replace").rstrip("\n")
+        self._found = ""
+        raise PitrError(f"{self}: {' '.join(refused)}", said=" ".join(refused))
+
+    def _ask(self, host: str, text: str, timeout: float) -> tuple[int, bytes, bytes]:
         import subprocess
 
         argv = [self.program("psql"), "-XAtq", "-w", "-v", "ON_ERROR_STOP=1", "-v", "VERBOSITY=verbose"]
-        argv += ["-d", self.conninfo(replication="true"), "-c", text]
+        argv += ["-d", self.conninfo(replication="true", host=host), "-c", text]
         try:
             done = subprocess.run(
                 argv,
@@ -170,11 +198,8 @@ class Primary:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise PitrError(f"{self} did not answer within {timeout:g} seconds.") from None
-        if done.returncode != 0:
-            said = " ".join(done.stderr.decode(errors="replace").split())
-            raise PitrError(f"{self}: {said[:500]}", said=said)
-        return done.stdout.decode(errors="replace").rstrip("\n")
+            raise TimeoutError from None
+        return done.returncode, done.stdout, done.stderr
 
     def __str__(self) -> str:
         return f"The server {self.settings.user}@{self.settings.host or 'local socket'}:{self.settings.port}"

@@ -86,6 +86,18 @@ options:
       - Its password. It goes into O(passfile), and nowhere else.
     type: str
     default: ''
+  primary_ssl_mode:
+    description:
+      - Whether connections to the primary are encrypted, and its certificate verified; sslmode of libpq.
+    type: str
+    choices: [disable, allow, prefer, require, verify-ca, verify-full]
+    default: prefer
+  primary_ca_cert:
+    description:
+      - File on the standby's host with the certificates of the authorities that the primary's certificate is trusted
+        by; sslrootcert of libpq. The server's user reads it whenever it connects.
+    type: path
+    default: ''
   passfile:
     description:
       - File that the password is kept in, mode 0600, for the standby's connection to the primary.
@@ -363,6 +375,8 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "primary_port": {"type": "int", "default": 5432},
     "primary_user": {"type": "str", "default": "pitr_standby"},
     "primary_password": {"type": "str", "default": "", "no_log": True},
+    "primary_ssl_mode": {**login_argument_spec()["ssl_mode"]},
+    "primary_ca_cert": {"type": "path", "default": ""},
     "passfile": {"type": "path", "default": ""},
     "slot": {"type": "str", "default": ""},
     "application_name": {"type": "str", "default": ""},
@@ -397,6 +411,8 @@ def upstream(params: dict[str, Any]) -> Login:
         port=params["primary_port"],
         user=params["primary_user"],
         password=params["primary_password"],
+        ssl_mode=params["primary_ssl_mode"],
+        ca_cert=params["primary_ca_cert"],
     )
 
 

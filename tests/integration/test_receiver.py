@@ -24,6 +24,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrErr
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import archive_info
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import query
 from ansible_collections.pgdrill.pitr.plugins.module_utils.receiver_control import Control
+from ansible_collections.pgdrill.pitr.plugins.module_utils.upstream import Primary, Settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import Lsn
 from ansible_collections.pgdrill.pitr.tests.integration.receiving import (
     APPLICATION,
@@ -66,6 +67,34 @@ def receiver() -> Iterator[MakeReceiver]:
     yield make
     for one in made:
         one.close()
+
+
+def test_host_that_refuses_does_not_hide_the_primary_behind_it(sandbox: MakeSandbox, bin_dir: str) -> None:
+    """libpq asks the next one only when there is no connection at all."""
+    primary, other = sandbox(settings=ALONE), sandbox()
+    rules = other.server.data / "pg_hba.conf"
+    rules.write_text("local all,replication all reject\n", encoding="ascii")
+    other.server.sql("SELECT pg_reload_conf()")
+    hosts = [other.server.socket, primary.server.socket]
+    asked = Primary(Settings(bin_dir, ",".join(hosts), primary.server.PORT, "postgres", SLOT, APPLICATION))
+    until(lambda: "rejects" in _said(bin_dir, other), "the refusal")
+    identifier = primary.server.value("SELECT system_identifier::text FROM pg_control_system()")
+    assert asked.identify().system_identifier == identifier
+    # What streams goes there and nowhere else.
+    assert f"host='{primary.server.socket}'" in asked.conninfo()
+    primary.server.stop()
+    with pytest.raises(PitrError) as caught:
+        asked.identify()
+    assert "rejects" in str(caught.value) and "No such file" in str(caught.value)
+    assert f"host='{','.join(hosts)}'" in asked.conninfo()
+
+
+def _said(bin_dir: str, sandbox: Sandbox) -> str:
+    try:
+        Primary(Settings(bin_dir, sandbox.server.socket, sandbox.server.PORT, "postgres", SLOT, APPLICATION)).identify()
+    except PitrError as error:
+        return str(error)
+    return ""
 
 
 def test_received_segments_are_the_servers_own(sandbox: MakeSandbox, receiver: MakeReceiver) -> None:

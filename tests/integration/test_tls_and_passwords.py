@@ -26,6 +26,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.receiver import (
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 from ansible_collections.pgdrill.pitr.tests.integration.support import until
 from ansible_collections.pgdrill.pitr.tests.integration.test_playbooks import Site, _changed
+from ansible_collections.pgdrill.pitr.tests.integration.topology import Topology
 from ansible_collections.pgdrill.pitr.tests.unit.support import Authority
 
 RECEIVED_BY = "SELECT pid FROM pg_stat_replication WHERE application_name = 'pitr_main' AND state = 'streaming'"
@@ -109,6 +110,37 @@ def test_certificates_come_and_are_exchanged_without_an_outage(fresh: Site, tmp_
     for path in Authority(tmp_path / "foreign").issue(tmp_path, "foreign"):
         path.rename(tmp_path / path.name.replace("foreign", "server"))
     assert "certificate verify failed" in fresh.fail("site", **tls, backup_when="always")
+
+
+@pytest.mark.usefixtures("_tls")
+def test_standby_streams_encrypted_and_from_nobody_else(bin_dir: str, major: int, tmp_path: Path) -> None:
+    hosts = Topology(bin_dir, major, tmp_path)
+    try:
+        hosts.succeed("site")
+        authority = Authority(tmp_path / "ca")
+        certificate, key = authority.issue(tmp_path, "server")
+        tls = {
+            "primary_ssl_cert_file": str(certificate),
+            "primary_ssl_key_file": str(key),
+            "pitr_sslrootcert": str(authority.certificate),
+        }
+        starts = [hosts[name].value("SELECT pg_postmaster_start_time()") for name in ("db1", "db2")]
+        hosts.succeed("site", **tls)
+        encrypted = "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_replication USING (pid) WHERE application_name = 'db2'"
+        until(lambda: hosts["db1"].sql(encrypted) == [(True,)], "the standby, encrypted")
+        assert "sslmode='verify-full'" in hosts["db2"].show("primary_conninfo")
+        # The rule that let it in without TLS is gone, on both.
+        rules = "SELECT DISTINCT type FROM pg_hba_file_rules WHERE 'pitr_standby' = ANY (user_name)"
+        assert [hosts[name].sql(rules) for name in ("db1", "db2")] == [[("hostssl",)], [("hostssl",)]]
+        assert [hosts[name].value("SELECT pg_postmaster_start_time()") for name in ("db1", "db2")] == starts
+        assert set(_changed(hosts.succeed("site", **tls)).values()) == {0}
+
+        for path in Authority(tmp_path / "foreign").issue(tmp_path, "foreign"):
+            path.rename(tmp_path / path.name.replace("foreign", "server"))
+        hosts["db1"].sql("SELECT pg_reload_conf()")
+        until(lambda: "certificate verify failed" in hosts.fail("standby", **tls), "the refusal")
+    finally:
+        hosts.close()
 
 
 def test_password_is_exchanged_while_receiver_and_backup_go_on_and_is_in_no_log(fresh: Site) -> None:

@@ -149,11 +149,13 @@ class Authority:
             "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", str(self._key),
         )  # fmt: skip
 
-    def issue(self, directory: Path, name: str, address: str = "127.0.0.1") -> tuple[Path, Path]:
-        """A server's certificate for this address, and its key, as ``<name>.crt`` and ``<name>.key``."""
+    def issue(self, directory: Path, name: str, *names: str) -> tuple[Path, Path]:
+        """A server's certificate for these names (else the local address), and its key, as ``<name>.crt`` and
+        ``<name>.key``."""
+        alternatives = ",".join(f"DNS:{item}" for item in names) or "IP:127.0.0.1"
         certificate, key, request = (directory / f"{name}.{ending}" for ending in ("crt", "key", "csr"))
         self._openssl(
-            "req", "-new", "-subj", f"/CN={name}", "-addext", f"subjectAltName=IP:{address}", "-out", str(request),
+            "req", "-new", "-subj", f"/CN={name}", "-addext", f"subjectAltName={alternatives}", "-out", str(request),
             "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", str(key),
         )  # fmt: skip
         self._openssl(

@@ -15,6 +15,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +27,14 @@ from ansible_collections.pgdrill.pitr.molecule.shared.hosts import (
     service,
     sql,
 )
-from ansible_collections.pgdrill.pitr.molecule.topology.scene import Ledger, look_at_archive, operator, until
+from ansible_collections.pgdrill.pitr.molecule.topology.scene import (
+    Ledger,
+    look_at_archive,
+    operator,
+    put,
+    until,
+)
+from ansible_collections.pgdrill.pitr.tests.unit.support import Authority
 
 RECEIVER = f"pitr_{CLUSTER}"
 
@@ -56,7 +64,8 @@ def archived_without_a_gap(primary: str) -> None:
     """The archive has the way to the primary's present timeline, and no hole in it."""
     sql(host(primary), "SELECT pg_switch_wal()")
     until("everything is archived", lambda: backlog(primary) == 0)
-    timeline = int(sql(host(primary), "SELECT timeline_id FROM pg_control_checkpoint()"))
+    # Not pg_control's: the checkpoint may still be to come that follows a promotion.
+    timeline = int(sql(host(primary), "SELECT pg_walfile_name(pg_current_wal_lsn())")[:8], 16)
     found = look_at_archive()
     assert found["gaps"] == [], found["gaps"]
     assert found["last_segment"].startswith(f"{timeline:08X}"), (timeline, found["last_segment"])
@@ -201,6 +210,93 @@ def test_standby_that_was_promoted_by_accident_is_refused_and_then_rewound(ledge
     ledger.end("db3")
     assert sql(accident, "SELECT to_regclass('written_by_mistake') IS NULL") == "t"
     assert ledger.missing("db2") == set()
+
+
+def test_certificates_and_passwords_are_exchanged_under_load_and_nobody_waits(
+    ledger: Ledger, backup: Any, tmp_path: Path
+) -> None:
+    """Neither server restarts, no connection ends, and what connects afterwards does so with what is new."""
+    primary, servers = host("db3"), ("db2", "db3")
+    authority = Authority(tmp_path / "ca")
+    place = "/etc/pgdrill/tls"
+
+    def install(name: str) -> str:
+        """A certificate on both servers, the authority's everywhere; returns the one that is to be served."""
+        certificate, key = authority.issue(tmp_path, name, "db2.test", "db3.test")
+        for server in servers:
+            put(server, certificate, f"{place}/server.crt", "postgres", "0644")
+            put(server, key, f"{place}/server.key", "postgres", "0600")
+        for machine in (*servers, "backup"):
+            put(machine, authority.certificate, f"{place}/ca.crt", "root", "0644")
+        return pem(certificate.read_text(encoding="ascii"))
+
+    def served(name: str) -> str:
+        return pem(primary.run(f"openssl s_client -starttls postgres -connect {name}.test:5432 < /dev/null").stdout)
+
+    def pem(text: str) -> str:
+        return re.findall("-----BEGIN CERT.*?-----END", text, re.DOTALL)[0]
+
+    def senders() -> dict[str, tuple[str, bool]]:
+        """Of who is streamed to: the process, and whether the connection is encrypted."""
+        rows = sql(
+            primary,
+            "SELECT application_name, pid, ssl FROM pg_stat_replication JOIN pg_stat_ssl USING (pid)"
+            " WHERE state = 'streaming'",
+        )
+        return {name: (pid, ssl == "t") for name, pid, ssl in (row.split("|") for row in rows.splitlines())}
+
+    def begun() -> list[str]:
+        return [sql(host(name), "SELECT pg_postmaster_start_time()") for name in servers]
+
+    def lets_in(password: str) -> bool:
+        command = "PGPASSWORD=%s psql 'host=db3.test user=pitr_backup dbname=postgres' -qAtX -c 'SELECT 1'"
+        return bool(backup.run(command, password).rc == 0)
+
+    tls: dict[str, Any] = {
+        "primary_ssl_cert_file": f"{place}/server.crt",
+        "primary_ssl_key_file": f"{place}/server.key",
+        "pitr_sslrootcert": f"{place}/ca.crt",
+        # db1 is gone, and no name of it is in the certificate.
+        "receiver_primary_address": "db2.test,db3.test",
+    }
+    both = {RECEIVER, "db2"}
+    start = begun()
+    ledger.begin("db3")
+    first = install("first")
+    operator("db3", "site", "-e", json.dumps(tls))
+    until("both stream, encrypted", lambda: {name for name, (_pid, ssl) in senders().items() if ssl} == both)
+    assert [served(name) for name in servers] == [first, first]
+    standby = host("db2")
+    assert "sslmode=verify-full" in sql(standby, "SELECT conninfo FROM pg_stat_wal_receiver")
+    rules = "SELECT DISTINCT type FROM pg_hba_file_rules WHERE user_name && '{pitr_backup,pitr_standby}'"
+    assert [sql(host(name), rules) for name in servers] == ["hostssl", "hostssl"]
+
+    streams = senders()
+    since = sql(primary, "SELECT clock_timestamp()")
+    second = install("second")
+    new = {"pitr_backup_password": "an other: pass\\word", "standby_password": "and: an\\other"}
+    shown = operator("db3", "site", "-e", json.dumps({**tls, **new}))
+    assert [served(name) for name in servers] == [second, second] and first != second
+    assert senders() == streams and begun() == start
+    pauses = "SELECT at - lag(at) OVER (ORDER BY at) AS pause FROM ledger WHERE at > '{}'"
+    longest = sql(primary, f"SELECT extract(epoch FROM max(pause)) FROM ({pauses.format(since)}) AS pauses")
+    print(f"longest pause between two commits while both were exchanged: {longest} s")
+    assert float(longest) < 5
+    assert lets_in(new["pitr_backup_password"]) and not lets_in("backups:of\\the shop")
+
+    sql(primary, "SELECT pg_terminate_backend(pid) FROM pg_stat_replication")
+    until("both are back with the new passwords", lambda: set(senders()) == both and senders() != streams)
+    assert all(ssl for _pid, ssl in senders().values())
+    operator("db3", "backup", "-e", json.dumps({**tls, **new}))
+    ledger.end("db3")
+    follows("db2", "db3")
+    archived_without_a_gap("db3")
+    assert ledger.missing("db3") == set() == ledger.missing("db2")
+    for secret in new.values():
+        assert secret not in shown and secret.replace("\\", "\\\\") not in shown
+        for name in (*servers, "backup"):
+            assert secret not in host(name).check_output("journalctl --no-pager -a")
+            assert host(name).run("grep -rlF %s /var/log", secret).stdout == ""
 
 
 def test_lost_repository_is_made_anew_and_its_window_begins_with_its_first_backup(ledger: Ledger, backup: Any) -> None:
