@@ -39,9 +39,17 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several PostgreSQLs one is enough for what knows no versions (tools/sandboxlib/testing.py)."""
-    if os.environ.get("PGDRILL_TEST_ONCE") == "elsewhere":
-        items[:] = [item for item in items if not item.get_closest_marker("once")]
+    """Of several PostgreSQLs one is enough for what knows no versions: the newest, or the one that the marker names."""
+    majors = [int(major) for major in os.environ.get("PGDRILL_TEST_MAJORS", "").split()]
+    if len(majors) < 2:
+        return
+    this = int(os.environ["PGDRILL_TEST_PG"])
+
+    def runs(item: pytest.Item) -> bool:
+        marker = item.get_closest_marker("once")
+        return marker is None or this == next((major for major in marker.args if major in majors), max(majors))
+
+    items[:] = [item for item in items if runs(item)]
 
 
 def pytest_report_header() -> str:

@@ -477,7 +477,8 @@ def test_snapshot_that_is_older_than_the_backup_is_refused(sandbox: MakeSandbox)
     primary = sandbox()
     old = primary.directory / "old"
     # What vanishes during the copy of a running server's directory is no error.
-    subprocess.run(["cp", "-a", str(primary.server.data), str(old)], check=False)
+    copied = ["cp", "-a", str(primary.server.data)]
+    subprocess.run([*copied, str(old)], check=False)
     primary.commit("later")
     primary.server.sql("CHECKPOINT")
     path = primary.directory / "frozen"
@@ -486,7 +487,7 @@ def test_snapshot_that_is_older_than_the_backup_is_refused(sandbox: MakeSandbox)
         snapshot=Snapshot(["mv", str(old), str(path)], str(path), ["rm", "-rf", str(path)]),
     )  # fmt: skip
     # One that was never removed is found before.
-    path.mkdir()
+    subprocess.run([*copied, str(path)], check=False)
     _refused(primary, "low_level", "perhaps an earlier snapshot", snapshot=Snapshot(["true"], str(path)))
 
 

@@ -185,6 +185,7 @@ def test_site_is_honest_in_check_mode_and_changes_nothing_the_second_time(fresh:
     assert len(list(fresh.repository.glob("main/backups/*/backup.json"))) == 2
 
 
+@pytest.mark.once
 def test_retention_after_a_backup_only_with_a_policy_and_every_backup_is_verified(fresh: Site) -> None:
     def labels() -> list[str]:
         return sorted(path.parent.name for path in fresh.repository.glob("main/backups/*/backup.json"))
@@ -212,6 +213,7 @@ def test_retention_after_a_backup_only_with_a_policy_and_every_backup_is_verifie
     assert "missing_for_backups" in fresh.succeed("status")
 
 
+@pytest.mark.once
 def test_incremental_backups_by_a_variable(fresh: Site, major: int) -> None:
     fresh.succeed("site", backup_type="incremental")
     if major < 17:
@@ -229,6 +231,7 @@ def test_incremental_backups_by_a_variable(fresh: Site, major: int) -> None:
     assert labels[-1].endswith(suffix) and labels[-1] in shown
 
 
+@pytest.mark.once
 def test_nothing_is_destroyed_without_the_right_word(site: Site, tmp_path: Path) -> None:
     identity, files = site.identity, fingerprint(site.repository)
     for confirmation in ("wrong", ""):
@@ -308,6 +311,7 @@ class Saboteur(threading.Thread):
             self.join(timeout=30)
 
 
+@pytest.mark.once
 def test_drill_on_a_damaged_archive_fails_by_name_and_the_original_is_back(site: Site) -> None:
     site.server.sql("CREATE TABLE IF NOT EXISTS precious AS SELECT 42 AS v")
     aside = site.directory / "aside"
@@ -356,6 +360,7 @@ def test_drill_on_a_damaged_archive_fails_by_name_and_the_original_is_back(site:
             shutil.move(aside, saboteur.damaged)
 
 
+@pytest.mark.once
 def test_restore_in_place_to_a_point_in_time(fresh: Site) -> None:
     fresh.succeed("site")
     server = fresh.server
@@ -378,6 +383,7 @@ def test_restore_in_place_to_a_point_in_time(fresh: Site) -> None:
     assert set(_changed(fresh.succeed("site")).values()) == {0}
 
 
+@pytest.mark.once
 def test_encryption_is_turned_on_by_a_variable_and_a_restore_wants_the_key(fresh: Site, tmp_path: Path) -> None:
     key, other = Identity(tmp_path / "key"), Identity(tmp_path / "other")
     secret = key.secrets[0].decode()

@@ -29,6 +29,8 @@ from ansible_collections.pgdrill.pitr.tests.integration.test_playbooks import Si
 from ansible_collections.pgdrill.pitr.tests.integration.topology import Topology
 from ansible_collections.pgdrill.pitr.tests.unit.support import Authority
 
+# The newest of those that are fetched with OpenSSL in it.
+pytestmark = pytest.mark.once(17)
 RECEIVED_BY = "SELECT pid FROM pg_stat_replication WHERE application_name = 'pitr_main' AND state = 'streaming'"
 ROLES = {"receiver_state": "started"}
 

@@ -103,6 +103,11 @@ class Layout:
         return Path(f"/tmp/pgdrill-{self.key}-t")
 
     @property
+    def test_memory(self) -> Path:
+        """The same on a file system in memory."""
+        return Path(f"/dev/shm/pgdrill-{self.key}")
+
+    @property
     def home(self) -> Path:
         """HOME of what runs as the servers' user, which may have none (`nobody`)."""
         return self.root / "home"
@@ -214,7 +219,8 @@ def make_private(path: Path, account: Account) -> None:
 
 def remove(layout: Layout) -> None:
     """Remove the sandbox, its links and the caches of the checkout. The evidence of drills stays."""
-    for path in [layout.root, layout.test_tmp, layout.ansible_tmp, *(layout.socket_dir(major) for major in MAJORS)]:
+    sockets = [layout.socket_dir(major) for major in MAJORS]
+    for path in [layout.root, layout.test_tmp, layout.test_memory, layout.ansible_tmp, *sockets]:
         if path.exists():
             shutil.rmtree(path, onerror=lambda _function, name, error: problem(f"cannot remove {name}: {error[1]}"))
     if layout.is_elsewhere:

@@ -19,6 +19,8 @@ from .say import SandboxError, problem
 
 _UNIT, _INTEGRATION = "tests/unit", "tests/integration"
 _MUTATION = "tests/mutation/run.py"
+# Bytes; four tests at a time use a good part of one.
+_ROOM = 8 * 1024**3
 _NO_TEST_RAN = 5  # pytest's exit code
 _NEVER_COPIED = (".hypothesis", ".git", ".sandbox", ".venv", "evidence", "__pycache__")
 
@@ -43,30 +45,49 @@ def _as_tests(layout: Layout, runs: Callable[[Path], list[tuple[int, list[str]]]
         if layout.account.is_other:
             checkout = copy_checkout(layout, layout.root / "checkout")
             _hand_over(layout, checkout)
-        shutil.rmtree(layout.test_tmp, ignore_errors=True)
-        make_private(layout.test_tmp, layout.account)
+        chosen = runs(checkout)
+        majors = sorted({major for major, _argv in chosen})
+        temporary = _memory(layout)
+        places = [layout.test_tmp, layout.test_memory]
+        for place in places:
+            shutil.rmtree(place, ignore_errors=True)
+        make_private(temporary, layout.account)
         small = smallfs.mount(layout)
         try:
-            with Supervisor(lambda: postgresql.stop_all(layout, layout.test_tmp)) as supervisor:
-                chosen = runs(checkout)
-                newest = max(major for major, _argv in chosen)
+            with Supervisor(lambda: [postgresql.stop_all(layout, place) for place in places]) as supervisor:
                 codes = []
                 for major, argv in chosen:
                     env = _environment(layout, checkout, major, small)
-                    if major != newest:
-                        env["PGDRILL_TEST_ONCE"] = "elsewhere"
+                    env["TMPDIR"] = str(temporary)
+                    env["PGDRILL_TEST_MAJORS"] = " ".join(map(str, majors))
                     codes.append(supervisor.run(argv, env, checkout, layout.account))
         except Interrupted as interruption:
             problem(str(interruption))
             return interruption.code
         if all(code in (0, _NO_TEST_RAN) for code in codes) and 0 in codes:
-            shutil.rmtree(layout.test_tmp, ignore_errors=True)
+            for place in places:
+                shutil.rmtree(place, ignore_errors=True)
             return 0
         if set(codes) == {_NO_TEST_RAN}:
             problem("no test ran")
         else:
-            problem(f"tests failed; their files are in {layout.test_tmp}")
+            problem(f"tests failed; their files are in {' and '.join(str(place) for place in places if place.exists())}")
         return next(code for code in codes if code != 0)
+
+
+def _memory(layout: Layout) -> Path:
+    """TMPDIR of the tests: in memory where there is plenty of it, for servers' directories are made and removed by the
+    thousand, and that is half of what tests on a disk do."""
+    place = layout.test_memory.parent
+    try:
+        found = os.statvfs(place)
+        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+        available = int(meminfo.partition("MemAvailable:")[2].split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        return layout.test_tmp
+    room = min(available, found.f_bavail * found.f_frsize)
+    usable = room >= _ROOM and not found.f_flag & os.ST_NOEXEC and os.access(place, os.W_OK)
+    return layout.test_memory if usable else layout.test_tmp
 
 
 def _runs(
@@ -96,7 +117,6 @@ def _environment(layout: Layout, checkout: Path, major: int, small: Path | None)
     env["PYTHONPATH"] = str(collections)
     env["ANSIBLE_COLLECTIONS_PATH"] = str(collections)
     env["ANSIBLE_CONFIG"] = str(checkout / "ansible.cfg")
-    env["TMPDIR"] = str(layout.test_tmp)
     env["PGDRILL_TEST_BIN_DIR"] = str(layout.bin_dir(major))
     env["PGDRILL_TEST_PG"] = str(major)
     if small is not None:

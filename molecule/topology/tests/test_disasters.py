@@ -305,7 +305,7 @@ def test_lost_repository_is_made_anew_and_its_window_begins_with_its_first_backu
     backup.check_output("rm -rf /srv/pitr/* /srv/pitr/.[!.]*")
     operator("db3", "site")
     until("commits wait for the receiver", lambda: synchronous("db3") == RECEIVER)
-    assert ledger.work(1) > 0
+    until("commits are acknowledged", lambda: ledger.work(1) > 0, 30)
     ledger.end("db3")
     after = backup.check_output(f"ls {FOLDER}/backups").split()
     assert len(after) == 1 and not set(after) & set(before)
