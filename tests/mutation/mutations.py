@@ -2467,9 +2467,19 @@ MUTATIONS = (
     Mutation(
         "primary: a certificate needs no key",
         "roles/primary/tasks/preflight.yml",
-        "that: (primary_ssl_cert_file | length > 0) == (primary_ssl_key_file | length > 0)",
-        "that: true",
+        "- (primary_ssl_cert_file | length > 0) == (primary_ssl_key_file | length > 0)",
+        "- true",
         ("tests/integration/test_tls_and_passwords.py",),
+    ),
+    _mutation(
+        "a host that refuses hides the others",
+        "upstream",
+        """                refused.append(said[:500])
+                continue
+""",
+        """                raise PitrError(said[:500], said=said)
+""",
+        f"{RECEIVER}::test_host_that_refuses_does_not_hide_the_primary_behind_it",
     ),
     # --- roles
     Mutation(

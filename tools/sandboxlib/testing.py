@@ -71,7 +71,7 @@ def _as_tests(layout: Layout, runs: Callable[[Path], list[tuple[int, list[str]]]
         if set(codes) == {_NO_TEST_RAN}:
             problem("no test ran")
         else:
-            problem(f"tests failed; their files are in {' and '.join(str(place) for place in places if place.exists())}")
+            problem(f"tests failed; their files are in {temporary}")
         return next(code for code in codes if code != 0)
 
 
