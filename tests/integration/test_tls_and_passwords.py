@@ -131,6 +131,8 @@ def test_standby_streams_encrypted_and_from_nobody_else(bin_dir: str, major: int
         encrypted = "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_replication USING (pid) WHERE application_name = 'db2'"
         until(lambda: hosts["db1"].sql(encrypted) == [(True,)], "the standby, encrypted")
         assert "sslmode='verify-full'" in hosts["db2"].show("primary_conninfo")
+        # It will speak TLS as the primary, too.
+        assert hosts["db2"].show("ssl_cert_file") == str(certificate)
         # The rule that let it in without TLS is gone, on both.
         rules = "SELECT DISTINCT type FROM pg_hba_file_rules WHERE 'pitr_standby' = ANY (user_name)"
         assert [hosts[name].sql(rules) for name in ("db1", "db2")] == [[("hostssl",)], [("hostssl",)]]
