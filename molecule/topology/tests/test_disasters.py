@@ -201,6 +201,8 @@ def test_standby_that_was_promoted_by_accident_is_refused_and_then_rewound(ledge
     ledger.begin("db3")
     accident = host("db2")
     accident.check_output("su postgres -c %s", "psql -qAtX -c 'SELECT pg_promote()'")
+    # pg_promote() waits for a minute, and then says f.
+    until("it is promoted", lambda: sql(accident, "SELECT pg_is_in_recovery()") == "f", 120)
     sql(accident, "CREATE TABLE written_by_mistake ()")
     assert ledger.work(1) > 0
     refused = operator("db3", "standby", fails=True)
