@@ -22,6 +22,8 @@ from .repository import ClusterFolder, write_json
 
 FILE = "activity.json"
 VERIFY, DRILL = KINDS = ("verify", "drill")
+# Who held a drill, when nobody did; see rehearsal.py.
+CLOCK = "clock"
 # Entries that are kept of each kind.
 KEEP = 30
 

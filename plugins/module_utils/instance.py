@@ -35,12 +35,15 @@ class Status:
 class Instance:
     """One data directory and the server on it."""
 
-    def __init__(self, bin_dir: str, pgdata: str, log_file: str = "", timeout: float = 60) -> None:
-        """``timeout``: seconds to wait for a start or a stop."""
+    def __init__(
+        self, bin_dir: str, pgdata: str, log_file: str = "", timeout: float = 60, config_dir: str = ""
+    ) -> None:
+        """``timeout``: seconds to wait for a start or a stop. ``config_dir``: of a postgresql.conf elsewhere."""
         self._bin_dir = bin_dir
         self._pgdata = pgdata
         self._log_file = log_file or os.path.join(os.path.dirname(pgdata), os.path.basename(pgdata) + ".log")
         self._timeout = timeout
+        self._config_dir = config_dir or pgdata
 
     def status(self) -> Status:
         """What is there now."""
@@ -64,7 +67,7 @@ class Instance:
 
     def start(self, wait: bool) -> None:
         """Start the server. Without ``wait`` return as soon as it owns the directory: recovery may take hours."""
-        argv = [binary(self._bin_dir, "pg_ctl"), "start", "-D", self._pgdata, "-l", self._log_file, "-s"]
+        argv = [binary(self._bin_dir, "pg_ctl"), "start", "-D", self._config_dir, "-l", self._log_file, "-s"]
         argv += ["-w", "-t", str(int(self._timeout))] if wait else ["-W"]
         try:
             run(argv)

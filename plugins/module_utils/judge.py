@@ -390,8 +390,10 @@ class Judge:
         return level, f"whole ({storage.verify_level}) {span(storage.verify_age)} ago", "" if level == OK else run
 
     def _drill(self, storage: Storage) -> tuple[str, str, str]:
-        run = "ansible-playbook pgdrill.pitr.drill, on a cluster that may be destroyed"
+        run = f"pitr drill {self._cluster}"
         limit = self._limits.drill_age
+        if storage.drill_failed and storage.drill_by_clock:
+            return WARNING, "the last drill failed", f"journalctl -u pitr-drill@{self._cluster}"
         if storage.drill_failed:
             return WARNING, "the last drill failed", "open evidence/latest/evidence.json"
         if storage.drill_age is None:

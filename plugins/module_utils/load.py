@@ -149,32 +149,41 @@ class Load:
         return Mark(scenario, options, sequence, f"before {scenario}")
 
 
-def check(login: Login, bin_dir: str, database: str, amcheck: bool, jobs: int) -> dict[str, Any]:
-    """What a restored cluster holds: the status row, and pg_amcheck's findings (empty when all is well).
+def check(login: Login, bin_dir: str, database: str, amcheck_wanted: bool, jobs: int) -> dict[str, Any]:
+    """What a restored cluster holds: the status row, and what :func:`amcheck` finds.
 
     Raises PitrError when there is no connection, or pg_amcheck cannot do its work.
     """
     with contextlib.closing(login.connect(database)) as connection:
         rows = query(connection, f"SELECT sequence, phase FROM {STATUS} WHERE id = 1")
-        databases = [row[0] for row in query(connection, "SELECT datname FROM pg_database WHERE datallowconn")]
     result: dict[str, Any] = {"status": {"sequence": int(rows[0][0]), "phase": rows[0][1]} if rows else {}}
-    if amcheck:
-        argv = [binary(bin_dir, "pg_amcheck"), "--all", "--heapallindexed", "--install-missing", f"--jobs={jobs}"]
-        with login.environment() as environment:
-            environment.pop("PGDATABASE", None)
-            # Exit code 2 is "corruption found"; its description is on standard output.
-            process = subprocess.run(
-                argv,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                check=False,
-            )
-        findings = process.stdout.decode(errors="replace").strip()
-        said = process.stderr.decode(errors="replace").strip()
-        if process.returncode not in (0, 2):
-            raise PitrError(f"pg_amcheck failed with exit code {process.returncode}: {(said or findings)[-2000:]}")
-        if process.returncode == 2 and not findings:
-            findings = said or "corruption was reported without a description"
-        result["amcheck"] = {"ok": process.returncode == 0, "databases": databases, "findings": findings[:4000]}
+    if amcheck_wanted:
+        result["amcheck"] = amcheck(login, bin_dir, jobs)
     return result
+
+
+def amcheck(login: Login, bin_dir: str, jobs: int) -> dict[str, Any]:
+    """Read every heap and B-tree index of every database. ``findings`` are pg_amcheck's, empty when all is well.
+
+    Raises PitrError when there is no connection, or pg_amcheck cannot do its work.
+    """
+    with contextlib.closing(login.connect()) as connection:
+        databases = [row[0] for row in query(connection, "SELECT datname FROM pg_database WHERE datallowconn")]
+    argv = [binary(bin_dir, "pg_amcheck"), "--all", "--heapallindexed", "--install-missing", f"--jobs={jobs}"]
+    with login.environment() as environment:
+        environment.pop("PGDATABASE", None)
+        # Exit code 2 is "corruption found"; its description is on standard output.
+        process = subprocess.run(
+            argv,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+    findings = process.stdout.decode(errors="replace").strip()
+    said = process.stderr.decode(errors="replace").strip()
+    if process.returncode not in (0, 2):
+        raise PitrError(f"pg_amcheck failed with exit code {process.returncode}: {(said or findings)[-2000:]}")
+    if process.returncode == 2 and not findings:
+        findings = said or "corruption was reported without a description"
+    return {"ok": process.returncode == 0, "databases": databases, "findings": findings[:4000]}

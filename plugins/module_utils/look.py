@@ -177,6 +177,7 @@ class Look:
             damaged=damaged,
             drill_age=self._age(passed[-1]["at"]) if passed else None,
             drill_failed=bool(done[activity.DRILL]) and done[activity.DRILL][-1].get("verdict") != "passed",
+            drill_by_clock=bool(done[activity.DRILL]) and done[activity.DRILL][-1].get("by") == activity.CLOCK,
         )
 
     def _age(self, at: str) -> float:

@@ -2,7 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The command ``pitr`` of a repository host: backups, verification, retention and status by a timer, without Ansible.
+"""The command ``pitr`` of a repository host: backups, verification, retention, drills and status by a timer, without
+Ansible.
 
 It is this package beside ``pitr-wal``, with psycopg2 from the distribution, and does what the modules of the same names
 do. Two runs at once do no harm: backups have a lock each, and a second expire says so and ends.
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from . import status
@@ -24,12 +27,17 @@ from .errors import PitrError
 from .expire import Expiry
 from .incremental import Basis
 from .index import scan
+from .install import COMMAND
 from .postgres import Login
+from .rehearsal import Rehearsal, Wanted
 from .repository import ClusterFolder, check_cluster_name, require_directory
 from .retention import Policy
 from .verify import Verification, as_result, choose
 
-USAGE = "usage: pitr backup CLUSTER | verify CLUSTER [all|latest|LABEL] | expire CLUSTER | status [CLUSTER …]"
+USAGE = (
+    "usage: pitr backup CLUSTER | verify CLUSTER [all|latest|LABEL] | expire CLUSTER | drill CLUSTER [keep]"
+    " | status [CLUSTER …]"
+)
 FAILED, WRONG_USE = 1, 2
 # Seconds that a backup waits for the server to let it in, and between two tries.
 PATIENCE, PAUSE = 60.0, 2.0
@@ -60,6 +68,12 @@ class Settings:
     backup_to_verify: str = "latest"
     verify_level: str = "content"
     identity: str = ""
+    drill_directory: str = ""
+    drill_user: str = "postgres"
+    drill_amcheck: bool = True
+    drill_jobs: int = 2
+    drill_timeout: int = 86400
+    drill_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As stored."""
@@ -164,12 +178,49 @@ def expire(settings: Settings, cluster: str) -> str:
     return "\n".join(map(str, lines))
 
 
+def drill(settings: Settings, cluster: str, directory: str, keep: bool) -> str:
+    """Restore what the repository holds into a scratch directory, and prove it. Returns what to say. Raises PitrError.
+
+    ``directory`` is where ``pitr-wal`` is installed.
+    """
+    require_directory(settings.repository)
+    work = Rehearsal(
+        Wanted(
+            repository=settings.repository,
+            cluster=cluster,
+            bin_dir=settings.bin_dir,
+            wal_command=os.path.join(directory, COMMAND),
+            directory=settings.drill_directory,
+            identity=settings.identity,
+            user=settings.drill_user,
+            amcheck=settings.drill_amcheck,
+            jobs=settings.drill_jobs,
+            timeout=settings.drill_timeout,
+            settings=settings.drill_settings,
+            keep=keep,
+        ),
+        say=lambda text: print(text, flush=True),
+    )
+    # A stop of the service clears away what was begun.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: work.end())
+    try:
+        said = f"the drill of {cluster} passed: {work.run()}"
+    except PitrError as error:
+        raise PitrError(f"the drill of {cluster} FAILED. {error.message}{work.kept()}") from None
+    return said + work.kept()
+
+
+# What each verb may be told besides the cluster.
+_MORE: dict[str, tuple[str, ...] | None] = {"backup": (), "expire": (), "verify": None, "drill": ("keep",)}
+
+
 def main(argv: list[str]) -> int:
     """Run one command; ``argv`` is the installation's folder and then what was asked. Returns the exit code: 0 done, 1
     failed or damage found, 2 wrong use; of ``status`` see there."""
     if argv[1:2] == ["status"]:
         return status.main(argv[0], argv[2:])
-    if len(argv) not in (3, 4) or argv[1] not in ("backup", "verify", "expire") or (argv[3:] and argv[1] != "verify"):
+    more = _MORE.get(argv[1] if argv[1:] else "", ())
+    if len(argv) not in (3, 4) or argv[1] not in _MORE or (argv[3:] and more is not None and argv[3] not in more):
         sys.stderr.write(USAGE + "\n")
         return WRONG_USE
     directory, verb, cluster = argv[:3]
@@ -184,6 +235,8 @@ def main(argv: list[str]) -> int:
             said = take_backup(settings, cluster)
         elif verb == "verify":
             said = verify(settings, cluster, argv[3] if argv[3:] else "")
+        elif verb == "drill":
+            said = drill(settings, cluster, directory, bool(argv[3:]))
         else:
             said = expire(settings, cluster)
     except PitrError as error:

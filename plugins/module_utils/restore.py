@@ -74,6 +74,8 @@ class Restore:
         self._dead = ""
         # What tells files of this backup apart where its manifest does not (delta.noted).
         self._noted: dict[str, Any] = {}
+        # Name of the lease on the backup, once there is one; see locks.py.
+        self.lease = ""
 
     def plan(self) -> RestorePlan:
         """Decide without touching anything. Raises RefusedError with every reason that can be known now."""
@@ -124,7 +126,7 @@ class Restore:
 
     def _claim(self, label: str) -> str:
         """A lease on the backup and the WAL behind it, until a recovery asks for no more WAL."""
-        lease = locks.new_lease(label)
+        lease = self.lease = locks.new_lease(label)
         self._claimed_at = time.monotonic()
         # A repository that this host may only read is restored from all the same; docs/retention.md tells what follows.
         try:

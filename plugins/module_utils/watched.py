@@ -161,6 +161,8 @@ class Storage:
     damaged: tuple[str, ...] = ()
     drill_age: Optional[float] = None
     drill_failed: bool = False
+    # The last one was held by the clock, on the repository host.
+    drill_by_clock: bool = False
 
     @property
     def restorable(self) -> tuple[Stored, ...]:

@@ -12,7 +12,8 @@ short_description: Install the command pitr that takes backups, verifies and exp
 version_added: 0.2.0
 description:
   - Installs C(pitr) and its settings for one cluster on the repository host, for timers. It does what
-    M(pgdrill.pitr.base_backup), M(pgdrill.pitr.backup_verify) and M(pgdrill.pitr.expire) do, with the same code.
+    M(pgdrill.pitr.base_backup), M(pgdrill.pitr.backup_verify) and M(pgdrill.pitr.expire) do, with the same code, and
+    drills, which restore what the repository holds into a scratch directory and prove it.
   - Run it as the user that owns the repository. The password lies in a file with mode 0600, and is in no command line.
 extends_documentation_fragment:
   - pgdrill.pitr.repository
@@ -136,6 +137,36 @@ options:
       - Path of a file with age identities, to read the content of encrypted backups.
     type: str
     default: ''
+  drill_directory:
+    description:
+      - Where C(pitr drill) makes its scratch directory, outside of the repository. Without it there are no drills.
+    type: path
+    default: ''
+  drill_user:
+    description:
+      - A superuser of the cluster, as whom a drill reads its copy.
+    type: str
+    default: postgres
+  drill_amcheck:
+    description:
+      - Whether a drill runs pg_amcheck.
+    type: bool
+    default: true
+  drill_jobs:
+    description:
+      - Connections of pg_amcheck.
+    type: int
+    default: 2
+  drill_timeout:
+    description:
+      - Seconds that the replay of a drill may take.
+    type: int
+    default: 86400
+  drill_settings:
+    description:
+      - More settings of PostgreSQL for the server of a drill, such as C(shared_buffers).
+    type: dict
+    default: {}
   python:
     description:
       - Interpreter that runs the command; psycopg2 must be installed for it. Without it the one that runs this module,
@@ -230,6 +261,12 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "backup_to_verify": {"type": "str", "default": "latest"},
     "verify_level": {"type": "str", "choices": ["stored", "content"], "default": "content"},
     "identity": {"type": "str", "default": ""},
+    "drill_directory": {"type": "path", "default": ""},
+    "drill_user": {"type": "str", "default": "postgres"},
+    "drill_amcheck": {"type": "bool", "default": True},
+    "drill_jobs": {"type": "int", "default": 2},
+    "drill_timeout": {"type": "int", "default": 86400},
+    "drill_settings": {"type": "dict", "default": {}},
     "python": {"type": "path"},
 }
 

@@ -35,6 +35,7 @@ KEEP_OUT = "tests/integration/test_keep_out.py"
 MOVES = "tests/integration/test_recovery_moves.py"
 COLLATIONS = "tests/integration/test_collations.py"
 METHODS = "tests/integration/test_backup_methods.py"
+REHEARSAL = "tests/integration/test_rehearsal.py"
 STATUS = "tests/integration/test_status.py"
 JUDGE = "tests/unit/test_judge.py"
 STANDBY = "tests/unit/test_standby.py"
@@ -3063,6 +3064,99 @@ MUTATIONS = (
         'if password else b"", 0o600)',
         'if password else b"", 0o644)',
         "tests/unit/test_maintenance.py::test_password_is_escaped_for_libpq_and_for_its_user_alone",
+    ),
+    # --- drills by the clock
+    _mutation(
+        "a drill starts the subscriptions of its copy",
+        "rehearsal",
+        '            "max_logical_replication_workers": 0,\n',
+        "",
+        f"{REHEARSAL}::test_copy_acts_on_nobody",
+    ),
+    _mutation(
+        "what ALTER SYSTEM has set is in force in the copy of a drill",
+        "rehearsal",
+        '        write_atomic(os.path.join(self._data, "postgresql.auto.conf"), b"")\n',
+        "",
+        f"{REHEARSAL}::test_copy_acts_on_nobody",
+    ),
+    _mutation(
+        "the copy of a drill puts its tablespaces where the original's are",
+        "rehearsal",
+        '            tablespace_prefix=os.path.join(self.place, "tablespaces"),\n',
+        "",
+        f"{REHEARSAL}::test_tablespaces_and_configuration_elsewhere_are_left_alone",
+    ),
+    _mutation(
+        "findings of pg_amcheck do not fail a drill",
+        "rehearsal",
+        '            if not found["ok"]:\n',
+        "            if False:\n",
+        f"{REHEARSAL}::test_damage_that_only_amcheck_sees_fails_the_drill",
+    ),
+    _mutation(
+        "a drill passes over the newest backup when it is damaged",
+        "rehearsal",
+        "        self._check_newest(folder, plan)\n",
+        "",
+        f"{REHEARSAL}::test_damaged_backup_fails_the_drill",
+    ),
+    _mutation(
+        "a drill takes the room of the archive",
+        "rehearsal",
+        "        self._check_reserve(plan)\n",
+        "",
+        f"{REHEARSAL}::test_room_of_the_archive_is_not_taken",
+    ),
+    _mutation(
+        "a drill removes a directory that is not its own",
+        "rehearsal",
+        '            raise PitrError(f"{self.place} is in the way; no drill has made it,'
+        ' {MARKER} is not in it.") from None\n',
+        '            socket = ""\n',
+        f"{REHEARSAL}::test_what_no_drill_has_made_is_not_removed",
+    ),
+    _mutation(
+        "drills lie in the repository",
+        "rehearsal",
+        "        if places.within(wanted.directory, wanted.repository):\n",
+        "        if False:\n",
+        f"{REHEARSAL}::test_directory_that_cannot_be_one_for_drills_is_refused",
+    ),
+    _mutation(
+        "two drills of one cluster meet",
+        "rehearsal",
+        '            lock = locks.acquire(f"{self.place}.lock")\n',
+        '            lock = os.open("/dev/null", os.O_RDONLY)\n',
+        f"{REHEARSAL}::test_two_drills_of_one_cluster_do_not_meet",
+    ),
+    _mutation(
+        "a drill that fails is not remembered",
+        "rehearsal",
+        '                self._remember(folder, "failed", error=_said(error))\n',
+        "",
+        f"{REHEARSAL}::test_replay_that_takes_too_long_fails_the_drill",
+    ),
+    _mutation(
+        "a drill leaves its server behind",
+        "rehearsal",
+        "        self._stop()\n        # Nobody asks",
+        "        # Nobody asks",
+        f"{REHEARSAL}::test_command_tells_what_has_failed_and_how_to_look_at_it",
+    ),
+    _mutation(
+        "a drill leaves its copy behind",
+        "rehearsal",
+        "        if not self._wanted.keep:\n            self.clear()\n",
+        "",
+        f"{REHEARSAL}::test_everything_that_is_archived_is_proven_and_nothing_stays",
+    ),
+    _mutation(
+        "a drill leaves its lease behind",
+        "rehearsal",
+        "        if self._lease:\n            locks.release(folder, self._lease)\n",
+        "",
+        f"{REHEARSAL}::test_everything_that_is_archived_is_proven_and_nothing_stays",
     ),
     # --- target_info
     _mutation(

@@ -26,7 +26,7 @@ from ansible_collections.pgdrill.pitr.molecule.shared.hosts import (
     sql,
 )
 
-UNITS = [f"pitr-{verb}@{CLUSTER}" for verb in ("backup", "expire", "verify")]
+UNITS = [f"pitr-{verb}@{CLUSTER}" for verb in ("backup", "expire", "verify", "drill")]
 
 
 def labels(repository: Any) -> set[str]:
@@ -123,6 +123,20 @@ def test_damage_makes_the_verification_fail_by_name(repository: Any) -> None:
     repository.check_output(f"systemctl start pitr-verify@{CLUSTER}.service")
 
 
+def test_drill_by_its_service_proves_what_the_repository_holds(primary: Any, repository: Any) -> None:
+    sql(primary, "CREATE TABLE IF NOT EXISTS drilled AS SELECT generate_series(1, 1000) AS n")
+    before = labels(repository)
+    repository.check_output(f"systemctl start pitr-drill@{CLUSTER}.service")
+    said = repository.check_output(f"journalctl -o cat -u pitr-drill@{CLUSTER}.service -n 20")
+    assert f"the drill of {CLUSTER} passed: restored {max(before)}" in said and "pg_amcheck found nothing in" in said
+    # Nothing stays: no copy, no server, and the repository is as it was.
+    assert repository.check_output("ls /srv/pitr-drill").split() == [f"pitr-drill-{CLUSTER}.lock"]
+    assert repository.run("pgrep -f 'drill of'").rc == 1
+    assert labels(repository) == before
+    last = json.loads(repository.file(f"{FOLDER}/activity.json").content)["drill"][-1]
+    assert (last["verdict"], last["by"], last["backup"]) == ("passed", "clock", max(before))
+
+
 @pytest.mark.parametrize("unit", [*UNITS, *([f"pitr-receiver@{CLUSTER}"] if HAS_RECEIVER else [])])
 def test_unit_is_locked_down(repository: Any, unit: str) -> None:
     text = repository.check_output(f"systemctl show --all {unit}.service")
@@ -134,7 +148,8 @@ def test_unit_is_locked_down(repository: Any, unit: str) -> None:
         "PrivateTmp=yes",
     ):
         assert f"\n{line}\n" in text
-    assert re.search(r"^ReadWritePaths=/srv/pitr$", text, re.MULTILINE)
+    places = "/srv/pitr /srv/pitr-drill" if unit.startswith("pitr-drill@") else "/srv/pitr"
+    assert f"\nReadWritePaths={places}\n" in text
     said = repository.check_output(f"systemd-analyze security --no-pager {unit}.service | tail -n 1")
     assert float(re.search(r": (\d+\.\d)", said)[1]) < 3, said
 
