@@ -82,6 +82,7 @@ def looked_at(storage: Storage, **more: Any) -> Iterator[tuple[Server, Proof]]:
     """The copy of a drill that keeps it, started as its last words say."""
     work = Rehearsal(wanted(storage, keep=True, **more))
     proof = work.run()
+    assert running_pid(str(Path(work.place) / "data")) is None
     start, look = work.kept().splitlines()[2:4]
     subprocess.run(start, shell=True, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     server = Server(storage.bin_dir, Path(work.place) / "data")

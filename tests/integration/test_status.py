@@ -279,9 +279,9 @@ def test_drill_is_told(primary: Sandbox) -> None:
     assert finding(look(primary), "drill").says.startswith("passed ")
     activity.add(path, activity.DRILL, {"verdict": "failed", "scenarios": ["latest"]})
     assert finding(look(primary), "drill").level == WARNING
-    assert "evidence" in finding(look(primary), "drill").action
+    assert "evidence" in finding(look(primary), "drill").do
     activity.add(path, activity.DRILL, {"verdict": "failed", "scenarios": ["latest"], "by": activity.CLOCK})
-    assert finding(look(primary), "drill").action == f"journalctl -u pitr-drill@{CLUSTER}"
+    assert finding(look(primary), "drill").do == f"journalctl -u pitr-drill@{CLUSTER}"
 
 
 # --- the command

@@ -3142,7 +3142,7 @@ MUTATIONS = (
         "rehearsal",
         "        self._stop()\n        # Nobody asks",
         "        # Nobody asks",
-        f"{REHEARSAL}::test_command_tells_what_has_failed_and_how_to_look_at_it",
+        f"{REHEARSAL}::test_everything_that_is_archived_is_proven_and_nothing_stays",
     ),
     _mutation(
         "a drill leaves its copy behind",
