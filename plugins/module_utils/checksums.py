@@ -27,9 +27,9 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .backup import MANIFEST, sha256
 from .errors import PitrError
 from .postgres import binary, binary_version
+from .stored import MANIFEST, sha256
 
 _COMPLAINT = re.compile(r'error: .*"(?:[^"]*/)?f(\d+)"')
 # ControlFileData, RelMapFile, the state of a prepared transaction (EndPrepare), and CheckPointReplicationOrigin.

@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from . import codec, extract, locks
-from .backup import MANIFEST
 from .catalog import Backup
 from .errors import PitrError
 from .postgres import binary, run
+from .stored import MANIFEST
 from .tree import LOCAL, Tree, fsync_directory
 
 SCRATCH = "pitr-combining"

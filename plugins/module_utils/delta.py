@@ -27,11 +27,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import checksums, codec, extract, keep_out, locks, places
-from .backup import MANIFEST, sha256
 from .catalog import Backup
 from .errors import PitrError
 from .extract import IN_PROGRESS
 from .manifest import read_manifest
+from .stored import MANIFEST, sha256
 from .tree import LOCAL, Tree, fsync_directory
 
 TABLESPACES = "pg_tblspc"

@@ -18,7 +18,6 @@ import os
 from typing import Any
 
 from . import locks
-from .backup import KEEP_FILE, damaged_backups, keep_mark, stored_backups
 from .catalog import Backup
 from .errors import PitrError
 from .index import ArchiveIndex, scan
@@ -26,6 +25,7 @@ from .info import range_bytes
 from .repository import BACKUP_FILE, Chapter, ClusterFolder, write_json
 from .retention import Circumstances, ExpirePlan, Floor, Policy, WalRange, plan
 from .sizes import Sizes
+from .stored import KEEP_FILE, damaged_backups, keep_mark, stored_backups
 from .tree import fsync_directory
 from .wal import Lsn, WalFile, is_log
 

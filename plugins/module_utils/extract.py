@@ -17,13 +17,13 @@ from collections.abc import Callable, Container, Iterator
 from types import TracebackType
 
 from . import codec
-from .backup import MANIFEST, sha256
 from .catalog import Backup, Tablespace
 from .codec import CHUNK
 from .encryption import SUFFIX
 from .errors import PitrError
 from .postgres import binary, run
 from .repository import write_atomic
+from .stored import MANIFEST, sha256
 from .tarstream import Member, TarStream, open_stream
 from .tree import LOCAL, Tree
 

@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import codec, extract, locks
-from .backup import MANIFEST, BasisError, damaged_backups, open_tar, stored_backups
+from .backup import BasisError
 from .catalog import Backup, broken_chains, chain
 from .errors import PitrError
 from .postgres import Login, query
 from .reach import spans_from
 from .repository import BACKUP_FILE, ClusterFolder
 from .retention import parse_window
+from .stored import MANIFEST, damaged_backups, open_tar, stored_backups
 from .timeline import TimelineTree, parse_history
 from .wal import Lsn
 

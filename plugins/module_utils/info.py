@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from .backup import damaged_backups, keep_mark, stored_backups
 from .catalog import Backup, broken_chains
 from .encryption import LockedError
 from .index import ArchiveIndex, scan
@@ -19,6 +18,7 @@ from .reach import reachable_end
 from .repository import Chapter, ClusterFolder
 from .retention import WalRange, missing_wal, needed_from, unneeded
 from .sizes import Sizes, folder_bytes
+from .stored import damaged_backups, keep_mark, stored_backups
 from .timeline import Span
 from .wal import Lsn, WalFile, is_log
 from .waldump import WalScanner

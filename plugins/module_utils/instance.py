@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import PitrError
-from .postgres import binary, control_data, data_version, run, running_pid
-from .recovery import LOOK
+from .postgres import LOOK, binary, control_data, data_version, run, running_pid
 from .serverlog import tail as log_tail
 
 

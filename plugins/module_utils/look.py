@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from typing import Any, Optional
 
 from . import activity, seen
-from .backup import damaged_backups, stored_backups
 from .catalog import broken_chains
 from .errors import PitrError
 from .index import ArchiveIndex, scan
@@ -30,6 +29,7 @@ from .receiver import holders, lock_path, read_status
 from .repository import Chapter, ClusterFolder, require_directory
 from .retention import needed_from
 from .sizes import folder_bytes
+from .stored import damaged_backups, stored_backups
 from .upstream import settings_path
 from .wal import Lsn, WalFile
 from .watched import Archive, Facts, Hole, Receiver, Room, Sender, Server, Slot, Storage, Stored

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import contents, readback
-from .backup import MANIFEST, BaseBackup, parse_tablespace_map, store_history
+from .backup import BaseBackup, store_history
 from .catalog import Tablespace
 from .codec import parse
 from .errors import PitrError
@@ -27,6 +27,7 @@ from .manifest import Manifest, Summary
 from .postgres import binary_version, control_data, query
 from .repository import ClusterFolder
 from .snapshot import Snapshot
+from .stored import MANIFEST, parse_tablespace_map
 from .tarcopy import Copy, parse_rate
 from .wal import Lsn, history_name
 

@@ -11,27 +11,25 @@ do. Two runs at once do no harm: backups have a lock each, and a second expire s
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
 
 from . import status
 from .activity import add_verified
-from .backup import BaseBackup, stored_backups
+from .backup import BaseBackup
 from .errors import PitrError
 from .expire import Expiry
 from .incremental import Basis
 from .index import scan
 from .install import COMMAND
+from .maintenance_settings import Settings, passfile_path, read_settings
 from .postgres import Login
 from .rehearsal import Rehearsal, Wanted
-from .repository import ClusterFolder, check_cluster_name, require_directory
+from .repository import ClusterFolder, require_directory
 from .retention import Policy
+from .stored import stored_backups
 from .verify import Verification, as_result, choose
 
 USAGE = (
@@ -41,71 +39,6 @@ USAGE = (
 FAILED, WRONG_USE = 1, 2
 # Seconds that a backup waits for the server to let it in, and between two tries.
 PATIENCE, PAUSE = 60.0, 2.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What ``<directory>/maintenance/<cluster>.json`` holds: the options of the modules. The password is in
-    ``<cluster>.pgpass`` beside it, which libpq reads; sizes and times are in the modules' units."""
-
-    repository: str
-    bin_dir: str
-    login_host: str
-    login_port: int = 5432
-    login_user: str = "pitr_backup"
-    ssl_mode: str = ""
-    ca_cert: str = ""
-    type: str = "full"
-    full_every: str = ""
-    max_chain: int = 0
-    compression: str = "auto"
-    checkpoint: str = "fast"
-    max_rate: str = ""
-    verify: bool = True
-    archive_timeout: int = 600
-    keep_full: int = 0
-    recovery_window: str = ""
-    backup_to_verify: str = "latest"
-    verify_level: str = "content"
-    identity: str = ""
-    drill_directory: str = ""
-    drill_user: str = "postgres"
-    drill_amcheck: bool = True
-    drill_jobs: int = 2
-    drill_timeout: int = 86400
-    drill_settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As stored."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Settings:
-        """As read; what a later version has stored besides is left out. Raises TypeError when one is missing."""
-        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
-
-
-def settings_path(directory: str, cluster: str) -> str:
-    """Path of the settings."""
-    return os.path.join(directory, "maintenance", f"{cluster}.json")
-
-
-def passfile_path(directory: str, cluster: str) -> str:
-    """Path of the password file."""
-    return os.path.join(directory, "maintenance", f"{cluster}.pgpass")
-
-
-def read_settings(directory: str, cluster: str) -> Settings:
-    """Raises PitrError when there are none that can be used."""
-    check_cluster_name(cluster)
-    path = settings_path(directory, cluster)
-    try:
-        with open(path, encoding="utf-8") as stream:
-            return Settings.from_dict(json.load(stream))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise PitrError(
-            f"The settings {path} cannot be used: {error}. The role pgdrill.pitr.backup writes them. Nothing was done."
-        ) from None
 
 
 def wait_for(login: Login, patience: float = PATIENCE) -> None:

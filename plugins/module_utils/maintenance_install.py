@@ -11,10 +11,10 @@ import json
 import os
 import shlex
 
-from . import seen
+from . import maintenance, seen
 from .errors import PitrError
 from .install import PACKAGE, VERSION, interpreter, source, write_files
-from .maintenance import Settings, passfile_path, settings_path
+from .maintenance_settings import Settings, passfile_path, settings_path
 from .repository import check_cluster_name
 from .status import FOLDER
 from .status import Settings as StatusSettings
@@ -23,7 +23,8 @@ from .watched import Limits
 
 COMMAND = "pitr"
 STATUS_COMMAND = "pitr-status"
-_ENTRY = "maintenance"
+# Imported, so that Ansible sends it and all that it needs.
+_ENTRY = maintenance.__name__.rpartition(".")[2]
 # Not -S: psycopg2 lies where the distribution has put it. Not the user's own directories either.
 _LAUNCHER = """\
 #!/bin/sh

@@ -18,7 +18,7 @@ import re
 from typing import Any
 
 from . import contents, readback
-from .backup import MANIFEST, BaseBackup
+from .backup import BaseBackup
 from .catalog import Backup, Tablespace
 from .codec import parse
 from .errors import PitrError
@@ -26,6 +26,7 @@ from .lowlevel import check_readable, escape_location, keep_history
 from .manifest import Manifest, Summary
 from .postgres import ControlData, binary, binary_version, control_data, data_version, run, running_pid
 from .repository import archived_logs
+from .stored import MANIFEST
 from .tarcopy import Copy, parse_rate
 from .wal import Lsn, history_name, segment_name
 

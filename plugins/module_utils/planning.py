@@ -17,7 +17,6 @@ from dataclasses import replace
 from functools import partial
 
 from . import extract, inplace, places, rates
-from .backup import damaged_backups, stored_backups
 from .beyond import Beyond
 from .catalog import Backup, broken_chains, chain
 from .createdspaces import check_created
@@ -30,6 +29,7 @@ from .locate import Found, Locator
 from .plan import Refusal, RefusedError, RestorePlan, candidates, chosen, plan, segment_names, target_timeline
 from .repository import ClusterFolder
 from .request import Request
+from .stored import damaged_backups, stored_backups
 from .target import RecoveryTarget
 from .wal import WalFile
 

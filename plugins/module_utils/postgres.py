@@ -21,6 +21,8 @@ from .wal import Lsn
 
 SUPPORTED = (15, 16, 17, 18)
 
+# Seconds between two looks at postmaster.pid.
+LOOK = 0.01
 # GUCs that a standby or a recovery must have at least as high as the server that wrote the WAL
 # (CheckRequiredParameterValues of xlogrecovery.c), with their line in pg_controldata.
 FLOORS = {

@@ -16,9 +16,9 @@ import os
 from collections.abc import Sequence
 
 from . import codec
-from .backup import MANIFEST, open_tar
 from .errors import PitrError
 from .manifest import read_manifest
+from .stored import MANIFEST, open_tar
 
 
 def check(directory: str, names: Sequence[str]) -> None:

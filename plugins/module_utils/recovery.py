@@ -23,13 +23,11 @@ from typing import Any
 
 from . import keep_out, places, recovery_conf, serverlog, settings
 from .errors import PitrError
-from .postgres import FLOORS, Login, control_data, postmaster_status, query, running_pid
+from .postgres import FLOORS, LOOK, Login, control_data, postmaster_status, query, running_pid
 from .reached import Reached, contradiction, logged_reason, parse_reason, proven_by_position
 from .timeline import parse_history
 from .wal import Lsn, WalFile, history_name
 
-# Seconds between two looks at postmaster.pid.
-LOOK = 0.01
 SIGNALS = ("recovery.signal", "standby.signal")
 # Settings of the include file that a reload takes away; the others keep their source until the server is started anew.
 _RELOADED = " AND context <> 'postmaster'"

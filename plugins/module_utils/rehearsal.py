@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 from . import activity, locks, places, settings
-from .backup import damaged_backups, stored_backups
 from .collations import mismatches
 from .errors import PitrError
 from .instance import Instance
@@ -40,6 +39,7 @@ from .repository import ClusterFolder, check_cluster_name, write_atomic
 from .request import Request
 from .restore import Restore
 from .space import MIB
+from .stored import damaged_backups, stored_backups
 from .tree import make_directory
 
 # Its directory has this name, so that nobody's data directory is ever in the way; and this file in it from its first

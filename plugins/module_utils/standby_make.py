@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import combine, extract, locks, places, recovery_conf
-from .backup import MANIFEST
 from .errors import PitrError
 from .extract import IN_PROGRESS
 from .plan import Refusal, RefusedError
@@ -40,6 +39,7 @@ from .restore import Restore
 from .settings import render, write
 from .standby import INTRO, Decision, Local, Upstream, check_slot, decide, floors
 from .standby_look import RECOVERY_SIGNAL, REWINDING, STANDBY_SIGNAL, look_local, look_upstream
+from .stored import MANIFEST
 from .tree import fsync_directory
 from .unfinished import empty, exchange, has_content, is_vacant, left_behind, remove_incomplete, waiting
 from .upstream import Primary

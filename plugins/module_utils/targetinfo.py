@@ -18,7 +18,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .backup import damaged_backups, stored_backups
 from .catalog import Backup, broken_chains
 from .errors import PitrError
 from .findscan import FindScanner, Path, Search
@@ -29,6 +28,7 @@ from .postgres import Login
 from .relnames import Names, Relation, Wanted, parse_relation
 from .repository import Chapter, ClusterFolder
 from .statements import LogReader, Statement, Zone
+from .stored import damaged_backups, stored_backups
 from .target import RecoveryTarget, format_time, parse_timeline
 from .wal import Lsn
 

@@ -15,8 +15,8 @@ import shutil
 
 from .errors import PitrError
 from .install import COMMAND, PACKAGE
-from .maintenance import passfile_path
-from .maintenance import settings_path as maintenance_path
+from .maintenance_settings import passfile_path
+from .maintenance_settings import settings_path as maintenance_path
 from .repository import check_cluster_name
 from .tree import fsync_directory
 from .upstream import settings_path as receiver_path

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import codec, encryption
-from .backup import KEEP_FILE, MANIFEST, open_tar, sha256
 from .catalog import Backup, ChainError, chain
 from .errors import PitrError
 from .index import ArchiveIndex
@@ -33,6 +32,7 @@ from .postgres import binary, binary_version, run
 from .reach import spans_from
 from .repository import BACKUP_FILE, Chapter, ClusterFolder
 from .retention import missing_wal, wal_timeline
+from .stored import KEEP_FILE, MANIFEST, open_tar, sha256
 from .wal import Lsn, SegmentHeader, WalFile
 
 STORED, CONTENT = LEVELS = ("stored", "content")

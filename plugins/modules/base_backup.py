@@ -252,7 +252,6 @@ finished_at:
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import stored_backups
 from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import (
     login_argument_spec,
     repository_argument_spec,
@@ -264,6 +263,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.methods import make_b
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder, require_directory
 from ansible_collections.pgdrill.pitr.plugins.module_utils.snapshot import Snapshot
+from ansible_collections.pgdrill.pitr.plugins.module_utils.stored import stored_backups
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     **login_argument_spec(),

@@ -229,8 +229,8 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.pgdrill.pitr.plugins.module_utils.boundary import repository_argument_spec, run_module
-from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance import Settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_install import COMMAND, install
+from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_settings import Settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.uninstall import uninstall
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {

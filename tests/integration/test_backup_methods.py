@@ -21,11 +21,6 @@ from typing import Any
 
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import codec
-from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import (
-    damaged_backups,
-    open_tar,
-    stored_backups,
-)
 from ansible_collections.pgdrill.pitr.plugins.module_utils.catalog import Backup
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.index import scan
@@ -35,6 +30,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.methods import make_b
 from ansible_collections.pgdrill.pitr.plugins.module_utils.plan import RefusedError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login, control_data, query
 from ansible_collections.pgdrill.pitr.plugins.module_utils.snapshot import Snapshot
+from ansible_collections.pgdrill.pitr.plugins.module_utils.stored import damaged_backups, open_tar, stored_backups
 from ansible_collections.pgdrill.pitr.plugins.module_utils.verify import Verification
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import Lsn
 from ansible_collections.pgdrill.pitr.tests.integration.support import (

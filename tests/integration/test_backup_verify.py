@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import codec, verify
-from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import sha256, stored_backups
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.index import scan
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
+from ansible_collections.pgdrill.pitr.plugins.module_utils.stored import sha256, stored_backups
 from ansible_collections.pgdrill.pitr.plugins.module_utils.verify import Report, Verification, choose
 from ansible_collections.pgdrill.pitr.plugins.modules import backup_verify
 from ansible_collections.pgdrill.pitr.tests.integration.support import (

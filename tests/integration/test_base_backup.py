@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import stored_backups
 from ansible_collections.pgdrill.pitr.plugins.module_utils.codec import which
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import backup_info
+from ansible_collections.pgdrill.pitr.plugins.module_utils.stored import stored_backups
 from ansible_collections.pgdrill.pitr.tests.integration.support import (
     CLUSTER,
     Restored,

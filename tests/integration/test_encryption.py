@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import codec, encryption, restore
-from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import BaseBackup, stored_backups
+from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import BaseBackup
 from ansible_collections.pgdrill.pitr.plugins.module_utils.encryption import LENGTH, recipients_id
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import archive_info, backup_info
 from ansible_collections.pgdrill.pitr.plugins.module_utils.plan import RefusedError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
+from ansible_collections.pgdrill.pitr.plugins.module_utils.stored import stored_backups
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import WalFile
 from ansible_collections.pgdrill.pitr.tests.integration.ssh_support import Access, Sshd
 from ansible_collections.pgdrill.pitr.tests.integration.support import (

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import extract, locks
-from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import stored_backups
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.expire import Expiry, floors
 from ansible_collections.pgdrill.pitr.plugins.module_utils.index import scan
 from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Restore as Engine
 from ansible_collections.pgdrill.pitr.plugins.module_utils.retention import Policy
+from ansible_collections.pgdrill.pitr.plugins.module_utils.stored import stored_backups
 from ansible_collections.pgdrill.pitr.tests.integration.support import (
     SEGMENT_SIZE,
     Restored,

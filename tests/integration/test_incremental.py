@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import combine, locks
-from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import BaseBackup, stored_backups
+from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import BaseBackup
 from ansible_collections.pgdrill.pitr.plugins.module_utils.catalog import Backup, chain
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.expire import Expiry
@@ -33,6 +33,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.plan import RefusedEr
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import ClusterFolder
 from ansible_collections.pgdrill.pitr.plugins.module_utils.restore import Restore as Engine
 from ansible_collections.pgdrill.pitr.plugins.module_utils.retention import Policy
+from ansible_collections.pgdrill.pitr.plugins.module_utils.stored import stored_backups
 from ansible_collections.pgdrill.pitr.plugins.module_utils.verify import Verification, choose
 from ansible_collections.pgdrill.pitr.tests.integration.ssh_support import Access, Sshd, private_place
 from ansible_collections.pgdrill.pitr.tests.integration.support import (

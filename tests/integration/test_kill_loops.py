@@ -25,10 +25,10 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import codec, dump
-from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import sha256, stored_backups
 from ansible_collections.pgdrill.pitr.plugins.module_utils.expire import set_mark
 from ansible_collections.pgdrill.pitr.plugins.module_utils.info import archive_info, backup_info
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import SUPPORTED
+from ansible_collections.pgdrill.pitr.plugins.module_utils.stored import sha256, stored_backups
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import WalFile
 from ansible_collections.pgdrill.pitr.tests.integration.receiving import Receiving, unbroken
 from ansible_collections.pgdrill.pitr.tests.integration.support import (

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import stored_backups
 from ansible_collections.pgdrill.pitr.plugins.module_utils.incremental import SINCE
-from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance import Settings, expire, take_backup, verify
+from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance import expire, take_backup, verify
+from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_settings import Settings
+from ansible_collections.pgdrill.pitr.plugins.module_utils.stored import stored_backups
 from ansible_collections.pgdrill.pitr.tests.integration.support import CLUSTER, Sandbox
 
 

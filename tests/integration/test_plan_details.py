@@ -196,7 +196,7 @@ def places(spread: Sandbox, large: Path, small: Path) -> dict[str, str]:
 
 
 def _backup(spread: Sandbox) -> Any:
-    from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import stored_backups
+    from ansible_collections.pgdrill.pitr.plugins.module_utils.stored import stored_backups
 
     return stored_backups(spread.folder)[-1]
 

@@ -19,8 +19,8 @@ import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import activity, locks, rehearsal
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.incremental import SINCE
-from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance import Settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_install import install
+from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_settings import Settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import query, running_pid
 from ansible_collections.pgdrill.pitr.plugins.module_utils.rehearsal import Proof, Rehearsal, Wanted
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import Lsn

@@ -1399,14 +1399,14 @@ MUTATIONS = (
     ),
     _mutation(
         "a backup is seen before it has its name",
-        "backup",
+        "stored",
         '        if name.startswith("."):\n',
         "        if False:\n",
         f"{ARCHIVE_FAULTS}::test_stale_temporary_files_harm_nobody_and_are_taken_for_nothing",
     ),
     _mutation(
         "a directory without a description is a backup",
-        "backup",
+        "stored",
         '        if name.startswith("."):\n            continue\n        try:\n'
         "            backups.append(Backup.from_dict(read_json(document, folder.tree)))\n"
         "        except (FileNotFoundError, NotADirectoryError):\n",
@@ -1432,7 +1432,7 @@ MUTATIONS = (
     ),
     _mutation(
         "the size of stored files is not compared",
-        "backup",
+        "stored",
         "            if size != file.size:\n",
         "            if False:\n",
         f"{REFUSALS}::test_backup_that_is_cut_is_passed_over_and_named",

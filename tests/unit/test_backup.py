@@ -22,15 +22,7 @@ from typing import Any
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import backup as module
 from ansible_collections.pgdrill.pitr.plugins.module_utils import codec
-from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import (
-    MANIFEST,
-    BaseBackup,
-    damaged_backups,
-    open_tar,
-    parse_tablespace_map,
-    sha256,
-    stored_backups,
-)
+from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import BaseBackup
 from ansible_collections.pgdrill.pitr.plugins.module_utils.catalog import StoredFile, Tablespace
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.facts import Facts
@@ -41,6 +33,14 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import (
     Chapter,
     ClusterFolder,
     write_json,
+)
+from ansible_collections.pgdrill.pitr.plugins.module_utils.stored import (
+    MANIFEST,
+    damaged_backups,
+    open_tar,
+    parse_tablespace_map,
+    sha256,
+    stored_backups,
 )
 from ansible_collections.pgdrill.pitr.tests.unit.support import (
     EPOCH,

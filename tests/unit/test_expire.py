@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import expire, locks
-from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import keep_mark, stored_backups
 from ansible_collections.pgdrill.pitr.plugins.module_utils.catalog import StoredFile
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.expire import Expiry, as_diff, set_mark
@@ -27,6 +26,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.info import archive_i
 from ansible_collections.pgdrill.pitr.plugins.module_utils.repository import Chapter, ClusterFolder, create
 from ansible_collections.pgdrill.pitr.plugins.module_utils.retention import Policy, why_not_restorable
 from ansible_collections.pgdrill.pitr.plugins.module_utils.sizes import Sizes
+from ansible_collections.pgdrill.pitr.plugins.module_utils.stored import keep_mark, stored_backups
 from ansible_collections.pgdrill.pitr.tests.unit.support import (
     EPOCH,
     MIB,

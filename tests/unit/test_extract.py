@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import codec
-from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import parse_tablespace_map
 from ansible_collections.pgdrill.pitr.plugins.module_utils.catalog import Backup, StoredFile, Tablespace
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.extract import (
@@ -26,6 +25,7 @@ from ansible_collections.pgdrill.pitr.plugins.module_utils.extract import (
     rewrite_tablespace_map,
     verify,
 )
+from ansible_collections.pgdrill.pitr.plugins.module_utils.stored import parse_tablespace_map
 from ansible_collections.pgdrill.pitr.tests.unit.support import make_backup, put
 from hypothesis import given
 from hypothesis import strategies as st

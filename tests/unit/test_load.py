@@ -57,7 +57,7 @@ class Server:
         if sql.startswith("SELECT shobj_description"):
             return [(self.comment,)] if self.exists else []
         if sql.startswith("SELECT datname"):
-            return [("postgres",), (session.database,)]
+            return [("postgres",), ("drill",)]
         return []
 
     def statements(self) -> list[str]:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import maintenance
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
-from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance import Settings, read_settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_install import install, remove_monitoring
+from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_settings import Settings, read_settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.status import Settings as StatusSettings
 from ansible_collections.pgdrill.pitr.tests.unit.support import interpreters, make_repository
 
