@@ -194,6 +194,13 @@ def test_damaged_wal_fails_the_drill(storage: Storage, which: int) -> None:
 
 
 @pytest.mark.once
+def test_hole_in_the_archive_fails_the_drill(storage: Storage) -> None:
+    victim = storage.segments()[-2]
+    victim.unlink()
+    assert victim.name[:24] in fails(storage, "cannot be restored")
+
+
+@pytest.mark.once
 def test_damaged_backup_fails_the_drill(storage: Storage) -> None:
     cut(max((storage.backups / "third").iterdir(), key=lambda path: path.stat().st_size))
     # The one before it could be restored; that nobody shall learn from a disaster.
