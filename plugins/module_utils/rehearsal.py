@@ -126,6 +126,7 @@ class Rehearsal:
         self._lease = ""
         self._say = say
         self._ended = False
+        self._is_ours = False
 
     def run(self) -> Proof:
         """Hold it. Raises PitrError when it fails or cannot be held; the repository remembers which it was.
@@ -140,6 +141,9 @@ class Rehearsal:
             try:
                 proof = self._hold(folder)
             except (PitrError, OSError) as error:
+                if self._ended:
+                    # What has failed was ended on the way to our end.
+                    self.end()
                 self._remember(folder, "failed", error=_said(error))
                 raise
             finally:
@@ -187,8 +191,7 @@ class Rehearsal:
         reached = self._replay(recovery)
         timeline = recovery.timeline()
         seconds["replay"], started = _since(started)
-        notes = list(plan.notes)
-        notes += [
+        collations = [
             f"database {item.database}, collation {item.collation or '(unknown)'}: "
             + (item.problem or f"made with version {item.recorded}, this host has {item.actual or 'none'}")
             for item in mismatches(login)
@@ -198,7 +201,7 @@ class Rehearsal:
             found = amcheck(login, wanted.bin_dir, wanted.jobs)
             databases = tuple(found["databases"])
             if not found["ok"]:
-                doubt = "\nIndexes on text may be innocent: " + "; ".join(notes) if notes else ""
+                doubt = "\nIndexes on text may be innocent: " + "; ".join(collations) if collations else ""
                 raise PitrError(f"pg_amcheck found damage in the restored copy:\n{found['findings']}{doubt}")
             seconds["check"], started = _since(started)
         return Proof(
@@ -209,7 +212,7 @@ class Rehearsal:
             reached.last_transaction_time,
             databases,
             seconds,
-            tuple(notes),
+            (*plan.notes, *collations),
         )
 
     def end(self) -> NoReturn:
@@ -267,6 +270,7 @@ class Rehearsal:
     def _make_place(self) -> None:
         wanted = self._wanted
         os.mkdir(self.place, 0o700)
+        self._is_ours = True
         # Short, whatever the directory's name is: the path of a socket has at most 107 bytes.
         self._socket = tempfile.mkdtemp(prefix=PREFIX)
         write_atomic(os.path.join(self.place, MARKER), json.dumps({"socket": self._socket}).encode())
@@ -318,6 +322,8 @@ class Rehearsal:
         Instance(self._wanted.bin_dir, self._data, self._log, config_dir=self._config).start(wait=False)
 
     def _end(self, folder: ClusterFolder) -> None:
+        if not self._is_ours:
+            return
         self._stop()
         # Nobody asks for WAL by this name any more.
         if self._lease:

@@ -270,6 +270,14 @@ def test_what_no_drill_has_made_is_not_removed(storage: Storage) -> None:
 
 
 @pytest.mark.once
+def test_server_of_somebody_else_is_not_stopped(storage: Storage, sandbox: Callable[..., Sandbox]) -> None:
+    other = sandbox(data=Path(Rehearsal(wanted(storage)).place) / "data")
+    with pytest.raises(PitrError, match="no drill has made it"):
+        drill(storage)
+    assert other.server.phase == "template"
+
+
+@pytest.mark.once
 def test_two_drills_of_one_cluster_do_not_meet(storage: Storage) -> None:
     (storage.directory / "drills").mkdir()
     lock = locks.acquire(f"{Rehearsal(wanted(storage)).place}.lock")

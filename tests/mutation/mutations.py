@@ -3124,6 +3124,13 @@ MUTATIONS = (
         f"{REHEARSAL}::test_directory_that_cannot_be_one_for_drills_is_refused",
     ),
     _mutation(
+        "a drill that is refused stops the server in the way",
+        "rehearsal",
+        "        if not self._is_ours:\n            return\n",
+        "",
+        f"{REHEARSAL}::test_server_of_somebody_else_is_not_stopped",
+    ),
+    _mutation(
         "two drills of one cluster meet",
         "rehearsal",
         '            lock = locks.acquire(f"{self.place}.lock")\n',
