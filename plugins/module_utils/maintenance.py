@@ -111,6 +111,11 @@ def expire(settings: Settings, cluster: str) -> str:
     return "\n".join(map(str, lines))
 
 
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 def drill(settings: Settings, cluster: str, directory: str, keep: bool) -> str:
     """Restore what the repository holds into a scratch directory, and prove it. Returns what to say. Raises PitrError.
 
@@ -132,7 +137,7 @@ def drill(settings: Settings, cluster: str, directory: str, keep: bool) -> str:
             settings=settings.drill_settings,
             keep=keep,
         ),
-        say=lambda text: print(text, flush=True),
+        say=_say,
     )
     # A stop of the service clears away what was begun.
     signal.signal(signal.SIGTERM, lambda _number, _frame: work.end())

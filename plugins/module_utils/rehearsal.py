@@ -41,6 +41,7 @@ from .restore import Restore
 from .space import MIB
 from .stored import damaged_backups, stored_backups
 from .tree import make_directory
+from .unfinished import remove_tree
 
 # Its directory has this name, so that nobody's data directory is ever in the way; and this file in it from its first
 # moment to its last.
@@ -356,7 +357,7 @@ class Rehearsal:
             shutil.rmtree(socket, ignore_errors=True)
         for entry in os.scandir(self.place):
             if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
+                remove_tree(entry.path)
             elif entry.name != MARKER:
                 os.unlink(entry.path)
         os.unlink(path)

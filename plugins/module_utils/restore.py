@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +42,7 @@ from .unfinished import (
     left_behind,
     made,
     remove_incomplete,
+    remove_tree,
     unaccepted,
     waiting,
 )
@@ -477,7 +477,7 @@ def settle(request: Request, moved_aside: str, check: bool = False) -> bool:
     if control_data(request.bin_dir, moved_aside).system_identifier != ours or running_pid(moved_aside) is not None:
         raise PitrError(f"{moved_aside} is another cluster, or a server is running on it. It stays.")
     if not check:
-        shutil.rmtree(moved_aside)
+        remove_tree(moved_aside)
         fsync_directory(os.path.dirname(pgdata))
     return True
 
@@ -510,7 +510,7 @@ def undo(request: Request, moved_aside: str, check: bool = False) -> str:
         kept = moved_aside.replace(".old-", ".failed-") if ".old-" in moved_aside else f"{pgdata}.failed"
         os.rename(pgdata, kept)
     elif os.path.isdir(pgdata):
-        shutil.rmtree(pgdata)
+        remove_tree(pgdata)
         places.clear_wal(wal)
     os.rename(moved_aside, pgdata)
     if not has_content(waiting(pgdata)):

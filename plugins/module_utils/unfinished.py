@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import shutil
@@ -215,6 +216,21 @@ def clear_incomplete(directory: str) -> None:
             elif name != IN_PROGRESS:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
+
+
+def remove_tree(path: str, patience: float = 10) -> None:
+    """Remove a directory with all that is in it, while somebody else may be clearing away there, too: the process that
+    has fetched WAL ahead for a server notices by itself that the server was stopped.
+
+    Raises OSError, also when it is not gone after ``patience`` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while os.path.lexists(path):
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or time.monotonic() > deadline:
+                raise
 
 
 def remove_incomplete(directory: str) -> None:

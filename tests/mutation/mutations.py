@@ -3124,6 +3124,13 @@ MUTATIONS = (
         f"{REHEARSAL}::test_directory_that_cannot_be_one_for_drills_is_refused",
     ),
     _mutation(
+        "a directory in which somebody else clears away is not removed",
+        "unfinished",
+        "            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or time.monotonic() > deadline:\n",
+        "            if True:\n",
+        "tests/unit/test_unfinished.py::test_directory_in_which_somebody_else_clears_away_is_removed",
+    ),
+    _mutation(
         "a drill that is refused stops the server in the way",
         "rehearsal",
         "        if not self._is_ours:\n            return\n",
