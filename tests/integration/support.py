@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.pgdrill.pitr.plugins.module_utils import encryption, rates, settings
+from ansible_collections.pgdrill.pitr.plugins.module_utils import encryption, fast, rates, settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils import repository as repositories
 from ansible_collections.pgdrill.pitr.plugins.module_utils.backup import BaseBackup
 from ansible_collections.pgdrill.pitr.plugins.module_utils.catalog import Backup
@@ -134,6 +134,18 @@ class Server:
     def stop(self, mode: str = "fast") -> None:
         if (self.data / "postmaster.pid").exists():
             self.program("pg_ctl", "stop", "-w", "-s", "-D", str(self.data), "-m", mode)
+            # Whoever fetched WAL ahead for it clears away when it notices; until then the directory changes.
+            deadline = time.monotonic() + 10
+            while self._is_fetching() and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    def _is_fetching(self) -> bool:
+        spool = self.data / "pg_wal" / fast.FETCHED
+        try:
+            return fast.is_locked(str(spool))
+        except OSError:
+            # Its lock is gone already, and the directory is about to.
+            return spool.exists()
 
     def restart(self) -> None:
         self.stop()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.pgdrill.pitr.plugins.module_utils import combine, fast, locks, recovery_conf, settings
+from ansible_collections.pgdrill.pitr.plugins.module_utils import combine, locks, recovery_conf, settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
 from ansible_collections.pgdrill.pitr.plugins.module_utils.extract import IN_PROGRESS, PG_CONTROL
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import Login, control_data
@@ -92,19 +92,8 @@ class Pair:
             self.server.stop()
         return decision, standby.perform(decision)
 
-    def _is_fetching(self) -> bool:
-        spool = self.server.data / "pg_wal" / fast.FETCHED
-        try:
-            return fast.is_locked(str(spool))
-        except OSError:
-            # Its lock is gone already, and the directory is about to.
-            return spool.exists()
-
     def refused(self, code: str, **options: Any) -> PitrError:
         """The refusal, which has touched nothing."""
-        if not self.server.is_running:
-            # Whoever fetched WAL ahead for it clears away when it notices.
-            until(lambda: not self._is_fetching(), "the end of the fetching")
         before = fingerprint(self.server.data)
         with pytest.raises(PitrError) as caught:
             self.make(**options)
