@@ -26,7 +26,7 @@ from .index import scan
 from .install import COMMAND
 from .maintenance_settings import Settings, passfile_path, read_settings
 from .postgres import Login
-from .rehearsal import Rehearsal, Wanted
+from .rehearsal import Rehearsal
 from .repository import ClusterFolder, require_directory
 from .retention import Policy
 from .stored import stored_backups
@@ -122,23 +122,7 @@ def drill(settings: Settings, cluster: str, directory: str, keep: bool) -> str:
     ``directory`` is where ``pitr-wal`` is installed.
     """
     require_directory(settings.repository)
-    work = Rehearsal(
-        Wanted(
-            repository=settings.repository,
-            cluster=cluster,
-            bin_dir=settings.bin_dir,
-            wal_command=os.path.join(directory, COMMAND),
-            directory=settings.drill_directory,
-            identity=settings.identity,
-            user=settings.drill_user,
-            amcheck=settings.drill_amcheck,
-            jobs=settings.drill_jobs,
-            timeout=settings.drill_timeout,
-            settings=settings.drill_settings,
-            keep=keep,
-        ),
-        say=_say,
-    )
+    work = Rehearsal(settings, cluster, os.path.join(directory, COMMAND), keep, _say)
     # A stop of the service clears away what was begun.
     signal.signal(signal.SIGTERM, lambda _number, _frame: work.end())
     try:

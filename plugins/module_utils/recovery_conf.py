@@ -151,6 +151,11 @@ def _take_out(pgdata: str, names: set[str]) -> list[str]:
     return saved
 
 
+def clear_auto_conf(pgdata: str) -> None:
+    """Leave nothing in postgresql.auto.conf, for a copy whose own configuration shall win over all ALTER SYSTEM."""
+    write_atomic(_auto_conf(pgdata), b"")
+
+
 def planned(config_dir: str) -> dict[str, Any] | None:
     """The plan of the recovery that this configuration belongs to, or None when none is under way."""
     found = _remembered(config_dir, _PLAN)

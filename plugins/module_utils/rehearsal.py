@@ -23,14 +23,15 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
-from . import activity, locks, places, settings
+from . import activity, locks, places, recovery_conf, settings
 from .collations import mismatches
 from .errors import PitrError
 from .instance import Instance
 from .load import amcheck
+from .maintenance_settings import Settings
 from .plan import RefusedError, RestorePlan
 from .postgres import Login, binary_version, running_pid
 from .reached import Reached
@@ -39,7 +40,6 @@ from .repository import ClusterFolder, check_cluster_name, write_atomic
 from .request import Request
 from .restore import Restore
 from .space import MIB
-from .stored import damaged_backups, stored_backups
 from .tree import make_directory
 from .unfinished import remove_tree
 
@@ -54,28 +54,6 @@ SLICE, TELL = 1.0, 60.0
 RESERVE, RESERVE_BYTES = 0.1, 20 << 30
 # Event triggers can be turned off from this version on; one on login would keep us out.
 EVENT_TRIGGERS = 17
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be rehearsed, and where. Paths are absolute; ``directory`` is where the scratch directory is made.
-
-    ``user``: a superuser of the cluster. ``timeout``: seconds for the replay. ``settings``: more of postgresql.conf.
-    ``keep``: leave the copy there, stopped, until the next drill.
-    """
-
-    repository: str
-    cluster: str
-    bin_dir: str
-    wal_command: str
-    directory: str
-    identity: str = ""
-    user: str = "postgres"
-    amcheck: bool = True
-    jobs: int = 2
-    timeout: float = 86400.0
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,21 +83,35 @@ class Proof:
 class Rehearsal:
     """One drill of one cluster."""
 
-    def __init__(self, wanted: Wanted, say: Callable[[str], None] = lambda _text: None) -> None:
-        """``say``: told every minute how far a long replay is. Raises PitrError when the directory cannot be used."""
-        check_cluster_name(wanted.cluster)
-        if not wanted.directory or not os.path.isabs(wanted.directory):
+    def __init__(
+        self,
+        wanted: Settings,
+        cluster: str,
+        wal_command: str,
+        keep: bool = False,
+        say: Callable[[str], None] = lambda _text: None,
+    ) -> None:
+        """``wal_command``: the installed ``pitr-wal``. ``keep``: leave the copy there, stopped, until the next drill.
+
+        ``say`` is told every minute how far a long replay is. Raises PitrError when the directory cannot be used.
+        """
+        check_cluster_name(cluster)
+        directory = wanted.drill_directory
+        if not os.path.isabs(directory):
             raise PitrError(
-                f"The directory for drills is '{wanted.directory}'; it has to be an absolute path"
+                f"The directory for drills is '{directory}'; it has to be an absolute path"
                 " (backup_drill_directory). Nothing was done."
             )
-        if places.within(wanted.directory, wanted.repository):
+        if places.within(directory, wanted.repository):
             raise PitrError(
-                f"The directory for drills, {wanted.directory}, lies in the repository {wanted.repository}. Keep it"
+                f"The directory for drills, {directory}, lies in the repository {wanted.repository}. Keep it"
                 " elsewhere (backup_drill_directory). Nothing was done."
             )
         self._wanted = wanted
-        self.place = os.path.join(wanted.directory, PREFIX + wanted.cluster)
+        self._cluster = cluster
+        self._wal_command = wal_command
+        self._keep = keep
+        self.place = os.path.join(directory, PREFIX + cluster)
         self._data = os.path.join(self.place, "data")
         self._config = os.path.join(self.place, "conf")
         self._log = os.path.join(self.place, "server.log")
@@ -137,7 +129,7 @@ class Rehearsal:
         """
         wanted = self._wanted
         # Not remembered as a drill: a repository that cannot be opened has nowhere to.
-        folder = ClusterFolder.open(wanted.repository, wanted.cluster, {"identity": wanted.identity})
+        folder = ClusterFolder.open(wanted.repository, self._cluster, {"identity": wanted.identity})
         with self._alone():
             try:
                 proof = self._hold(folder)
@@ -154,7 +146,7 @@ class Rehearsal:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        make_directory(self._wanted.directory)
+        make_directory(self._wanted.drill_directory)
         try:
             lock = locks.acquire(f"{self.place}.lock")
         except locks.InUseError:
@@ -179,15 +171,13 @@ class Rehearsal:
             plan = restore.plan()
         except RefusedError as error:
             raise PitrError(f"What the repository holds cannot be restored. {error.message}", **error.detail) from None
-        self._check_newest(folder, plan)
         self._check_reserve(plan)
         restore.execute(plan)
         self._lease = restore.lease
-        # What ALTER SYSTEM has set would win over our own configuration.
-        write_atomic(os.path.join(self._data, "postgresql.auto.conf"), b"")
+        recovery_conf.clear_auto_conf(self._data)
         seconds["restore"], started = _since(started)
         self._start()
-        login = Login(unix_socket=self._socket, port=PORT, user=wanted.user)
+        login = Login(unix_socket=self._socket, port=PORT, user=wanted.drill_user)
         recovery = Recovery(login, self._data, wanted.bin_dir, self._config, self._log)
         reached = self._replay(recovery)
         timeline = recovery.timeline()
@@ -198,8 +188,8 @@ class Rehearsal:
             for item in mismatches(login)
         ]
         databases: tuple[str, ...] = ()
-        if wanted.amcheck:
-            found = amcheck(login, wanted.bin_dir, wanted.jobs)
+        if wanted.drill_amcheck:
+            found = amcheck(login, wanted.bin_dir, wanted.drill_jobs)
             databases = tuple(found["databases"])
             if not found["ok"]:
                 doubt = "\nIndexes on text may be innocent: " + "; ".join(collations) if collations else ""
@@ -222,7 +212,8 @@ class Rehearsal:
         raise SystemExit(128 + signal.SIGTERM)
 
     def _replay(self, recovery: Recovery) -> Reached:
-        deadline = time.monotonic() + self._wanted.timeout
+        timeout = self._wanted.drill_timeout
+        deadline = time.monotonic() + timeout
         told = time.monotonic()
         while True:
             reached, progress = recovery.wait(max(0.0, min(SLICE, deadline - time.monotonic())))
@@ -232,32 +223,21 @@ class Rehearsal:
                 # psycopg2 swallows what a handler raises while it makes an error of its own.
                 self.end()
             if time.monotonic() >= deadline:
-                raise PitrError(f"The end of WAL was not reached within {self._wanted.timeout:g} seconds: {progress}.")
+                raise PitrError(f"The end of WAL was not reached within {timeout:g} seconds: {progress}.")
             if time.monotonic() - told >= TELL:
                 told = time.monotonic()
                 self._say(str(progress))
-
-    def _check_newest(self, folder: ClusterFolder, plan: RestorePlan) -> None:
-        """A restore passes over backups that are damaged, and says so; for a drill that is no success."""
-        identifier = plan.backup.system_identifier
-        newer = [
-            backup
-            for backup in stored_backups(folder)
-            if backup.system_identifier == identifier and backup.stopped_at > plan.backup.stopped_at
-        ]
-        damaged = damaged_backups(folder, newer)
-        if damaged:
-            said = "; ".join(f"{label}: {problem}" for label, problem in sorted(damaged.items()))
-            raise PitrError(f"The newest backup that can be restored is {plan.backup.label}. Damaged: {said}")
 
     def _request(self) -> Request:
         wanted = self._wanted
         return Request(
             repository=wanted.repository,
-            cluster=wanted.cluster,
+            cluster=self._cluster,
             pgdata=self._data,
             bin_dir=wanted.bin_dir,
-            wal_command=wanted.wal_command,
+            wal_command=self._wal_command,
+            # A restore passes over a newest backup that it cannot use, and says so; for a drill that is no success.
+            backup="latest",
             config_dir=self._config,
             tablespace_prefix=os.path.join(self.place, "tablespaces"),
             archive_after="off",
@@ -283,7 +263,7 @@ class Rehearsal:
             "listen_addresses": "",
             "unix_socket_directories": self._quoted_socket(),
             "port": PORT,
-            "cluster_name": f"drill of {wanted.cluster}"[:60],
+            "cluster_name": f"drill of {self._cluster}"[:60],
             "max_logical_replication_workers": 0,
             "max_wal_senders": 0,
             "autovacuum": False,
@@ -295,7 +275,7 @@ class Rehearsal:
         }
         if binary_version(wanted.bin_dir) >= EVENT_TRIGGERS:
             values["event_triggers"] = False
-        values.update(wanted.settings)
+        values.update(wanted.drill_settings)
         text = settings.render(values, "Written by pgdrill.pitr for one drill.")
         write_atomic(os.path.join(self._config, "postgresql.conf"), text.encode())
         write_atomic(os.path.join(self._config, "pg_hba.conf"), b"local all all trust\n")
@@ -329,7 +309,7 @@ class Rehearsal:
         # Nobody asks for WAL by this name any more.
         if self._lease:
             locks.release(folder, self._lease)
-        if not self._wanted.keep:
+        if not self._keep:
             self.clear()
 
     def _stop(self) -> None:
@@ -368,7 +348,7 @@ class Rehearsal:
         if not os.path.isdir(self._config):
             return ""
         start = shlex.join([os.path.join(self._wanted.bin_dir, "pg_ctl"), "start", "-D", self._config, "-l", self._log])
-        look = shlex.join(["psql", "-h", self._socket, "-p", str(PORT), "-U", self._wanted.user, "postgres"])
+        look = shlex.join(["psql", "-h", self._socket, "-p", str(PORT), "-U", self._wanted.drill_user, "postgres"])
         return f"\nThe copy is in {self.place} until the next drill:\n  {start}\n  {look}"
 
 

@@ -231,6 +231,7 @@ def remove_tree(path: str, patience: float = 10) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or time.monotonic() > deadline:
                 raise
+            time.sleep(0.01)
 
 
 def remove_incomplete(directory: str) -> None:

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from ansible_collections.pgdrill.pitr.plugins.module_utils import activity, locks, rehearsal
 from ansible_collections.pgdrill.pitr.plugins.module_utils.errors import PitrError
-from ansible_collections.pgdrill.pitr.plugins.module_utils.incremental import SINCE
+from ansible_collections.pgdrill.pitr.plugins.module_utils.incremental import SINCE, Basis
 from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_install import install
 from ansible_collections.pgdrill.pitr.plugins.module_utils.maintenance_settings import Settings
 from ansible_collections.pgdrill.pitr.plugins.module_utils.postgres import query, running_pid
-from ansible_collections.pgdrill.pitr.plugins.module_utils.rehearsal import Proof, Rehearsal, Wanted
+from ansible_collections.pgdrill.pitr.plugins.module_utils.rehearsal import Proof, Rehearsal
 from ansible_collections.pgdrill.pitr.plugins.module_utils.wal import Lsn
 from ansible_collections.pgdrill.pitr.tests.integration.conftest import History
 from ansible_collections.pgdrill.pitr.tests.integration.support import (
@@ -38,19 +38,22 @@ from ansible_collections.pgdrill.pitr.tests.integration.support import (
 )
 
 
-def wanted(storage: Storage, **more: Any) -> Wanted:
-    fields: dict[str, Any] = {
-        "repository": str(storage.repository),
-        "cluster": CLUSTER,
-        "bin_dir": storage.bin_dir,
-        "wal_command": storage.wal_command,
-        "directory": str(storage.directory / "drills"),
-    }
-    return Wanted(**{**fields, **more})
+def wanted(storage: Storage, keep: bool = False, **more: Any) -> Rehearsal:
+    """A drill of this repository; ``more``: settings without their ``drill_``."""
+    told = {"directory": str(storage.directory / "drills"), **more}
+    identity = told.pop("identity", "")
+    settings = Settings(
+        repository=str(storage.repository),
+        bin_dir=storage.bin_dir,
+        login_host="nowhere",
+        identity=identity,
+        **{f"drill_{name}": value for name, value in told.items()},
+    )
+    return Rehearsal(settings, CLUSTER, storage.wal_command, keep)
 
 
 def drill(storage: Storage, **more: Any) -> Proof:
-    return Rehearsal(wanted(storage, **more)).run()
+    return wanted(storage, **more).run()
 
 
 def fails(storage: Storage, match: str, **more: Any) -> str:
@@ -80,7 +83,7 @@ def nothing_left(storage: Storage, leases: int = 0) -> bool:
 @contextlib.contextmanager
 def looked_at(storage: Storage, **more: Any) -> Iterator[tuple[Server, Proof]]:
     """The copy of a drill that keeps it, started as its last words say."""
-    work = Rehearsal(wanted(storage, keep=True, **more))
+    work = wanted(storage, keep=True, **more)
     proof = work.run()
     assert running_pid(str(Path(work.place) / "data")) is None
     start, look = work.kept().splitlines()[2:4]
@@ -204,7 +207,22 @@ def test_hole_in_the_archive_fails_the_drill(storage: Storage) -> None:
 def test_damaged_backup_fails_the_drill(storage: Storage) -> None:
     cut(max((storage.backups / "third").iterdir(), key=lambda path: path.stat().st_size))
     # The one before it could be restored; that nobody shall learn from a disaster.
-    assert "third" in fails(storage, "newest backup that can be restored is second")
+    assert "third" in fails(storage, "backup_damaged")
+
+
+def test_newest_backup_whose_parent_is_damaged_fails_the_drill(sandbox: Callable[..., Sandbox], major: int) -> None:
+    if major < SINCE:
+        pytest.skip("this version takes no incremental backups")
+    primary = sandbox(settings={"summarize_wal": "on"})
+    parent = primary.backup("parent")
+    # Of its own, and stopped after the parent: a restore would take this one.
+    primary.backup("other")
+    primary.backup("newest", basis=Basis(primary.folder, primary.server.login, "incremental", parent.label))
+    primary.probe()
+    assert drill(primary).backup == "newest"
+    cut(max((primary.backups / "parent").iterdir(), key=lambda path: path.stat().st_size))
+    assert primary.plan(primary.directory / "new").backup.label == "other"
+    assert "parent" in fails(primary, "backup_damaged")
 
 
 @pytest.mark.once
@@ -243,7 +261,7 @@ def test_room_of_the_archive_is_not_taken(storage: Storage, monkeypatch: pytest.
     fails(storage, "leaves .* MiB to the archive")
     if os.stat("/tmp").st_dev != os.stat(storage.repository).st_dev:
         # On another filesystem it is not asked for.
-        place = Path(Rehearsal(wanted(storage, directory=f"/tmp/{storage.directory.parent.name}-{os.getpid()}")).place)
+        place = Path(wanted(storage, directory=f"/tmp/{storage.directory.parent.name}-{os.getpid()}").place)
         drill(storage, directory=str(place.parent))
         (place.parent / f"{place.name}.lock").unlink()
         place.parent.rmdir()
@@ -260,7 +278,7 @@ def test_directory_that_cannot_be_one_for_drills_is_refused(storage: Storage, di
 
 @pytest.mark.once
 def test_what_no_drill_has_made_is_not_removed(storage: Storage) -> None:
-    place = Path(Rehearsal(wanted(storage)).place)
+    place = Path(wanted(storage).place)
     (place / "data").mkdir(parents=True)
     (place / "data" / "PG_VERSION").write_text("18\n", encoding="ascii")
     before = fingerprint(place)
@@ -271,7 +289,7 @@ def test_what_no_drill_has_made_is_not_removed(storage: Storage) -> None:
 
 @pytest.mark.once
 def test_server_of_somebody_else_is_not_stopped(storage: Storage, sandbox: Callable[..., Sandbox]) -> None:
-    other = sandbox(data=Path(Rehearsal(wanted(storage)).place) / "data")
+    other = sandbox(data=Path(wanted(storage).place) / "data")
     with pytest.raises(PitrError, match="no drill has made it"):
         drill(storage)
     assert other.server.phase == "template"
@@ -280,7 +298,7 @@ def test_server_of_somebody_else_is_not_stopped(storage: Storage, sandbox: Calla
 @pytest.mark.once
 def test_two_drills_of_one_cluster_do_not_meet(storage: Storage) -> None:
     (storage.directory / "drills").mkdir()
-    lock = locks.acquire(f"{Rehearsal(wanted(storage)).place}.lock")
+    lock = locks.acquire(f"{wanted(storage).place}.lock")
     with pytest.raises(PitrError, match="Another drill"):
         drill(storage)
     assert remembered(storage) == []

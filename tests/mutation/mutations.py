@@ -3076,7 +3076,7 @@ MUTATIONS = (
     _mutation(
         "what ALTER SYSTEM has set is in force in the copy of a drill",
         "rehearsal",
-        '        write_atomic(os.path.join(self._data, "postgresql.auto.conf"), b"")\n',
+        "        recovery_conf.clear_auto_conf(self._data)\n",
         "",
         f"{REHEARSAL}::test_copy_acts_on_nobody",
     ),
@@ -3097,9 +3097,10 @@ MUTATIONS = (
     _mutation(
         "a drill passes over the newest backup when it is damaged",
         "rehearsal",
-        "        self._check_newest(folder, plan)\n",
+        '            backup="latest",\n',
         "",
         f"{REHEARSAL}::test_damaged_backup_fails_the_drill",
+        f"{REHEARSAL}::test_newest_backup_whose_parent_is_damaged_fails_the_drill",
     ),
     _mutation(
         "a drill takes the room of the archive",
@@ -3119,7 +3120,7 @@ MUTATIONS = (
     _mutation(
         "drills lie in the repository",
         "rehearsal",
-        "        if places.within(wanted.directory, wanted.repository):\n",
+        "        if places.within(directory, wanted.repository):\n",
         "        if False:\n",
         f"{REHEARSAL}::test_directory_that_cannot_be_one_for_drills_is_refused",
     ),
@@ -3161,7 +3162,7 @@ MUTATIONS = (
     _mutation(
         "a drill leaves its copy behind",
         "rehearsal",
-        "        if not self._wanted.keep:\n            self.clear()\n",
+        "        if not self._keep:\n            self.clear()\n",
         "",
         f"{REHEARSAL}::test_everything_that_is_archived_is_proven_and_nothing_stays",
     ),
